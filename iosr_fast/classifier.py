@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.delivery.fit import FitData, fit
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.delivery.one_file import write_one_file
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.engine_folder import EnginePrecision, Runtime, check_engine_choice
@@ -33,7 +33,7 @@ from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import KEEP
-from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.scoring.key_precision import KeyPrecision
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.store.bundle import Bundle, load, save
 from iosr_fast.store.store import Store
@@ -44,7 +44,7 @@ from iosr_fast.utils.estimator import Estimator
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Answering[Fit], Changing, Estimator):
+class Classifier(Answering[FittedClassifier], Changing, Estimator):
     """A few-shot image classifier on a CLIP or any image encoder, an estimator of scikit-learn. Nothing is trained.
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of
@@ -160,7 +160,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         ridge: float | None = None,
         templates: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
-        key_precision: Precision = "fp32",
+        key_precision: KeyPrecision = "fp32",
         look_alikes: bool = True,
         thumbnails: int = 96,
         exif_orientation: bool = True,
@@ -183,7 +183,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         asked_config(**self.get_params())  # refuses what no fit takes
 
     support_ = FittedAttribute[SupportSet](lambda fit: fit.head.support)
-    key_precision_ = FittedAttribute[Precision](lambda fit: fit.head.config.key_precision)
+    key_precision_ = FittedAttribute[KeyPrecision](lambda fit: fit.head.config.key_precision)
     skipped_ = FittedAttribute[list[str]](lambda fit: [error.where for error in fit.skipped])
     engine_ = FittedAttribute[Path](lambda fit: fit.clip.engine)
     engine_choice_ = FittedAttribute[EngineChoice | None](lambda fit: fit.engine_choice)
@@ -191,11 +191,11 @@ class Classifier(Answering[Fit], Changing, Estimator):
     version = FittedAttribute[int](lambda fit: fit.head.version)
 
     @property
-    def _fit(self) -> Fit | None:  # which a copy shares (Estimator)
+    def _fit(self) -> FittedClassifier | None:  # which a copy shares (Estimator)
         return self._store.fit
 
     @_fit.setter
-    def _fit(self, fit: Fit | None) -> None:
+    def _fit(self, fit: FittedClassifier | None) -> None:
         self._store.fit = fit
 
     def fit(
@@ -310,10 +310,10 @@ class Classifier(Answering[Fit], Changing, Estimator):
         """The image encoder of queries; before a fit, that of the parameters, opened now."""
         return self._open().encoder if self._fit is None else self._fit.encoder
 
-    def _fitted(self) -> Fit:
+    def _fitted(self) -> FittedClassifier:
         return self._store.fitted()
 
-    def _queries(self, fitted: Fit, X: Any) -> Iterator[Embeddings]:
+    def _queries(self, fitted: FittedClassifier, X: Any) -> Iterator[Embeddings]:
         return fitted.queries(X)
 
     def classes(self) -> list[ClassInfo]:
@@ -396,7 +396,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         reader = self._reader(fit, batch, skip_bad, threads)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))
 
-    def _reader(self, fit: Fit | None, batch: int | None, skip_bad: bool, threads: int | None) -> Reader:
+    def _reader(self, fit: FittedClassifier | None, batch: int | None, skip_bad: bool, threads: int | None) -> Reader:
         """Decodes and encodes queries by the encoder of `fit`, whose head answers; None: by that of the parameters."""
         clip = self._open() if fit is None else fit.clip
         queries = SupportSettings(exif_orientation=self.exif_orientation, margin=self.margin)
@@ -477,7 +477,7 @@ class Classifier(Answering[Fit], Changing, Estimator):
         return cls._opened(saved, saved.open(runtime, threads, runs), runtime)
 
     @classmethod
-    def _opened(cls, saved: Bundle, fit: Fit, runtime: str) -> Self:
+    def _opened(cls, saved: Bundle, fit: FittedClassifier, runtime: str) -> Self:
         classifier = cls._with_clip(fit.clip, runtime=runtime, **saved.parameters())
         classifier._store.fit = fit
         return classifier

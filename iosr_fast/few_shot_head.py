@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from iosr_fast.delivery.fitted import Fit, SavedEstimator
+from iosr_fast.delivery.fitted import FittedClassifier, SavedEstimator
 from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
@@ -30,7 +30,7 @@ from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.scoring.key_precision import KeyPrecision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.store.bundle import HEAD_KIND, Bundle, load, save
 from iosr_fast.utils.estimator import not_fitted
@@ -47,7 +47,7 @@ from sklearn.utils.validation import check_array, validate_data  # noqa: E402
 _BLOCK = 64  # rows that are scored together
 
 
-class FewShotHead(Answering[Fit], ClassifierMixin, BaseEstimator):
+class FewShotHead(Answering[FittedClassifier], ClassifierMixin, BaseEstimator):
     """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
 
     It is the head of a `Classifier` on embeddings that exist already: of a CLIP, or of any encoder whose cosines mean
@@ -100,7 +100,7 @@ class FewShotHead(Answering[Fit], ClassifierMixin, BaseEstimator):
     ((3, 3), 'loo', 12)
     """
 
-    _fit: Fit | None = None
+    _fit: FittedClassifier | None = None
     _unit_rows = False  # rows of zeros
     _probability_dtype = np.float64
 
@@ -118,7 +118,7 @@ class FewShotHead(Answering[Fit], ClassifierMixin, BaseEstimator):
         text: Any = None,
         tau: float = 100.0,
         adapted: bool = False,
-        key_precision: Precision = "fp32",
+        key_precision: KeyPrecision = "fp32",
         look_alikes: bool = True,
     ) -> None:
         self.method, self.reducer, self.tune, self.tune_seconds = method, reducer, tune, tune_seconds
@@ -173,7 +173,7 @@ class FewShotHead(Answering[Fit], ClassifierMixin, BaseEstimator):
         labels = "str" if classes.dtype.kind == "U" else classes.dtype.name
         given = SavedEstimator({}, labels, indicator, None if columns is None else [*columns])
         clip = OpenedModel(Rows.like(embeddings), Path(), None, tau)
-        self._fit = Fit(clip, head, SupportSettings(), estimator=given, classes=classes)
+        self._fit = FittedClassifier(clip, head, SupportSettings(), estimator=given, classes=classes)
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -267,25 +267,25 @@ class FewShotHead(Answering[Fit], ClassifierMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return self._fit is not None
 
-    def _fitted(self) -> Fit:
+    def _fitted(self) -> FittedClassifier:
         fit = self._fit
         if fit is None:
             raise not_fitted("this FewShotHead instance is not fitted yet: call fit first")
         return fit
 
-    def _queries(self, fitted: Fit, X: Any) -> Iterator[Embeddings]:
+    def _queries(self, fitted: FittedClassifier, X: Any) -> Iterator[Embeddings]:
         """Rows to classify, in blocks. A row of zeros stays, with a warning."""
         rows: np.ndarray = self._validated(X)
         self._usable(rows, "their cosines count as 0, and their labels mean nothing")
         starts = range(0, len(rows), _BLOCK)
         return (Embeddings.of_rows(rows[start : start + _BLOCK], self.adapted) for start in starts)
 
-    def _score(self, fitted: Fit, block: Embeddings) -> np.ndarray:
+    def _score(self, fitted: FittedClassifier, block: Embeddings) -> np.ndarray:
         """Logits of a block, scored as one of _BLOCK rows: those of a row have the same bits in any."""
         filled = block[np.minimum(np.arange(_BLOCK), len(block) - 1)]
         return super()._score(fitted, filled)[: len(block)]
 
-    def _labels(self, fitted: Fit, logits: np.ndarray) -> np.ndarray:
+    def _labels(self, fitted: FittedClassifier, logits: np.ndarray) -> np.ndarray:
         labels = super()._labels(fitted, logits)
         indicator = None if fitted.estimator is None else fitted.estimator.indicator
         return labels if indicator is None else labels.astype(indicator)

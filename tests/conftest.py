@@ -16,7 +16,7 @@ import iosr_fast
 from iosr_fast.clip.demo import pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.scoring.key_precision import KeyPrecision
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from tests import ROOT
@@ -75,7 +75,7 @@ def random_plan(
     feature: str = "plain",
     alpha: float = 1.7,
     beta: float = 5.5,
-    precision: Precision = "fp32",
+    precision: KeyPrecision = "fp32",
     reducer: str | None = None,
     dense: bool = False,
 ) -> ScoringPlan:

@@ -12,7 +12,7 @@ from iosr_fast.cli.options import Adapter, Nested, Runtime, SavedClassifier, opt
 from iosr_fast.sealed.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
-Objective = Literal["latency", "throughput", "size"]
+EngineGoal = Literal["latency", "throughput", "size"]
 
 
 def optimize(
@@ -20,7 +20,7 @@ def optimize(
     images: Annotated[Path, option("The images that it was fitted on: one sub-folder for each class.")],
     nested: Nested = False,
     unknown_images: Annotated[Path | None, option("Pictures of no class, if it was fitted with some.")] = None,
-    objective: Annotated[Objective, option("latency, throughput, or size in bytes.", metavar="NAME")] = "latency",
+    objective: Annotated[EngineGoal, option("latency, throughput, or size in bytes.", metavar="NAME")] = "latency",
     tolerance: Annotated[float, option("Loss of accuracy that is accepted, in points.")] = 0.5,
     out: Annotated[Path | None, option("Folder to write [default: the classifier's own].")] = None,
     runtime: Runtime = "auto",

@@ -23,7 +23,7 @@ from iosr_fast.utils.require import require_installed
 DINO_MARGIN = 10 / 7
 
 Preset = Literal["fast", "paper", "demo"]
-Objective = Literal["supervised", "dino"]
+TrainingObjective = Literal["supervised", "dino"]
 
 
 def train_adapter(
@@ -32,7 +32,7 @@ def train_adapter(
     pretrained: Pretrained = None,
     data: Annotated[str, option("demo, a folder of class folders, or a .csv of path and label.")] = "demo",
     nested: Nested = False,
-    objective: Annotated[Objective, option("Train with labels, or without by DINO.")] = "supervised",
+    objective: Annotated[TrainingObjective, option("Train with labels, or without by DINO.")] = "supervised",
     preset: Annotated[Preset | None, option("Place, width and training [fast; demo for --data demo].")] = None,
     first_adapted_block: Annotated[int | None, option("First block [last third; paper: all; demo: half].")] = None,
     bottleneck: Annotated[int | None, option("Width of the adapter [256; paper 64].")] = None,

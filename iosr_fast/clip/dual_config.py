@@ -11,7 +11,7 @@ import torch
 
 from iosr_fast.exceptions import IosrFastError
 
-Precision = Literal["fp32", "fp16"]
+GraphPrecision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DualEncoderConfig:
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
     ln_pre: bool
     eps: float
-    precision: Precision
+    precision: GraphPrecision
     first_adapted_block: int | None = None
     bottleneck: int | None = None
     prefix: int = 1

@@ -15,7 +15,7 @@ from torch import nn  # noqa: E402
 
 from iosr_fast.clip.adapter import Adapter, check_belongs  # noqa: E402
 from iosr_fast.clip.architecture import refuse_fusing  # noqa: E402
-from iosr_fast.clip.dual_config import DualEncoderConfig, Precision  # noqa: E402
+from iosr_fast.clip.dual_config import DualEncoderConfig, GraphPrecision  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.tower import Affine, AttentionPoolParts, BlockParts, MlpParts, TowerParts  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 State = dict[str, torch.Tensor]
 
 
-def build_dual_encoder(clip: LoadedModel, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
+def build_dual_encoder(
+    clip: LoadedModel, adapter: Adapter | None = None, precision: GraphPrecision = "fp32"
+) -> DualEncoder:
     """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
@@ -45,7 +47,7 @@ def build_dual_encoder(clip: LoadedModel, adapter: Adapter | None = None, precis
     return encoder
 
 
-def infer_config(clip: LoadedModel, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
+def infer_config(clip: LoadedModel, adapter: Adapter | None, precision: GraphPrecision) -> DualEncoderConfig:
     """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
     tower = vision_tower(clip.model.visual, clip.name)
     refuse_fusing(clip.name, tower.refusals())

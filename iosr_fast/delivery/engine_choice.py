@@ -15,7 +15,7 @@ from iosr_fast.methods.paired_tests import lost_and_won, sign_test
 from iosr_fast.sealed.schema import Above0, Name, Natural, Share, Size, Strict, text_of
 from iosr_fast.utils.machine import cpu_model
 
-Objective = Literal["latency", "throughput", "size"]
+EngineGoal = Literal["latency", "throughput", "size"]
 Outcome = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
 LEAST_COSINE = 0.99
 SIGNIFICANT = 0.15
@@ -28,7 +28,7 @@ class OptimizeOptions:
     """What to optimize, and how many points of accuracy it may cost; `runtime` and `precision` restrict the
     candidates. With `smaller_images`, engines for such are candidates, too."""
 
-    objective: Objective = "latency"
+    objective: EngineGoal = "latency"
     tolerance: float = 0.5
     runtime: str = "auto"
     precision: str = "auto"
@@ -36,8 +36,8 @@ class OptimizeOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise IosrFastError(f"expected an objective of {', '.join(get_args(Objective))}, got {self.objective!r}")
+        if self.objective not in get_args(EngineGoal):
+            raise IosrFastError(f"expected an objective of {', '.join(get_args(EngineGoal))}, got {self.objective!r}")
         if not 0 <= self.tolerance <= 100:
             raise IosrFastError(f"expected a tolerance of 0 to 100 points of accuracy, got {self.tolerance}")
 
@@ -66,7 +66,7 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     agreement: Share | None = None
     accuracy: Share | None = None
 
-    def cost(self, objective: Objective) -> float | None:
+    def cost(self, objective: EngineGoal) -> float | None:
         """What the objective makes small; None if it was not measured."""
         return {"latency": self.ms_one, "throughput": self.ms_batch, "size": self.bytes}[objective]
 
@@ -95,7 +95,7 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
     `processor` is where the times were measured.
     """
 
-    objective: Objective
+    objective: EngineGoal
     tolerance: Annotated[float, Meta(ge=0, le=100)]
     batch: Size
     judged: Natural
@@ -174,7 +174,7 @@ def rejection_reason(
     )
 
 
-def best_of(candidates: Sequence[EngineCandidate], objective: Objective) -> EngineCandidate:
+def best_of(candidates: Sequence[EngineCandidate], objective: EngineGoal) -> EngineCandidate:
     """The candidate of the smallest cost. Costs within LEVEL of it are equal: among those full size wins, then the more
     exact precision, then the smaller time of one picture."""
     costs = [one.cost(objective) or 0.0 for one in candidates]

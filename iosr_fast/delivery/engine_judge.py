@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.delivery.engine_choice import rejection_reason
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.export.check import evenly
 from iosr_fast.methods.folds import make_folds
@@ -66,7 +66,12 @@ class Judge:
     """
 
     def __init__(
-        self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: Callable[[int], np.ndarray], tolerance: float
+        self,
+        fit: FittedClassifier,
+        reference: Encoder,
+        rows: np.ndarray,
+        pixels: Callable[[int], np.ndarray],
+        tolerance: float,
     ) -> None:
         head, examples = fit.head, fit.head.examples
         self._head, self._pixels, self._tolerance = head, pixels, tolerance

@@ -1,4 +1,4 @@
-"""How a Fit is made of images and labels."""
+"""How a FittedClassifier is made of images and labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iosr_fast.delivery.engine_choice import OptimizeOptions
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.engine_folder import check_engine_choice
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
@@ -42,7 +42,7 @@ class FitData(NamedTuple):
     tree: Any
 
 
-def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], data: FitData) -> Fit:
+def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], data: FitData) -> FittedClassifier:
     """As Classifier.fit; `parameters` are its get_params(). What needs no encoder is checked before it is opened:
     parameters, labels, class names, descriptions, and that each class has an image if the method needs one."""
     images, labels, class_names, unknown_images, groups, descriptions, tree = data
@@ -86,7 +86,7 @@ def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], 
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
         others = known.sets, unknown_rows, paths, known.numbers
         head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others).compiled()
-    fitted = Fit(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
+    fitted = FittedClassifier(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
     if not choose_engine:
         return fitted
     from iosr_fast.delivery.optimize import optimize

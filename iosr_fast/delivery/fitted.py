@@ -1,4 +1,4 @@
-"""Fit: a head, and the encoder that belongs to it."""
+"""FittedClassifier: a head, and the encoder that belongs to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 256  # images whose pixels are in memory
 
 @dataclass(frozen=True)
 class SavedEstimator:
-    """What FewShotHead has beside a Fit on rows of embeddings.
+    """What FewShotHead has beside a FittedClassifier on rows of embeddings.
 
     estimator   the parameters of its constructor but `text`, as they were given
     labels      the dtype of `classes_`, whose values are the class names: "str", "object" (texts) or one of numbers
@@ -44,7 +44,7 @@ class SavedEstimator:
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class FittedClassifier:
     """A fitted classifier: `head` and what it was computed with, `clip`, whose encoder takes images or rows of
     embeddings (encoders.rows). Immutable.
 

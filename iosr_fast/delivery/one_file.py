@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
@@ -38,7 +38,7 @@ _LICENCES = {"demo": "MIT", "photographs": "Apache-2.0"}  # of weights
 log = logging.getLogger(__name__)
 
 
-def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> ModelProto:
+def one_file(fit: FittedClassifier, abstention: Abstention, source: Source = "picture") -> ModelProto:
     """The onnx.ModelProto of Classifier.export. Raises IosrFastError for what one file can't hold or promise."""
     if source not in get_args(Source):
         raise IosrFastError(f"expected source to be 'picture' or 'pixels', got {source!r}")
@@ -74,7 +74,7 @@ def one_file(fit: Fit, abstention: Abstention, source: Source = "picture") -> Mo
     return model
 
 
-def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: Source = "picture") -> None:
+def write_one_file(fit: FittedClassifier, path: str | Path, abstention: Abstention, source: Source = "picture") -> None:
     """Write `one_file`, whole or not at all, after ONNX Runtime answered a few pictures with it as the library does.
     Raises ArithmeticError where it did not, and as `check_new_file`."""
     check_new_file(Path(path), (".onnx",))
@@ -92,13 +92,13 @@ def write_one_file(fit: Fit, path: str | Path, abstention: Abstention, source: S
         )
 
 
-def _engine(fit: Fit) -> VerifiedFolder:
+def _engine(fit: FittedClassifier) -> VerifiedFolder:
     engine = fit.clip.encoder.source
     assert engine is not None, "one_file has checked it"
     return engine
 
 
-def check_file(fit: Fit, content: bytes, abstention: Abstention, source: Source) -> None:
+def check_file(fit: FittedClassifier, content: bytes, abstention: Abstention, source: Source) -> None:
     """Raise ArithmeticError unless ONNX Runtime answers noise of several shapes as the library does on that runtime."""
     encoder = open_engine(_engine(fit), "onnxruntime", verify=False, adapted=fit.head.needs_adapted)
     session = require("onnxruntime", "cpu").InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -112,7 +112,7 @@ def check_file(fit: Fit, content: bytes, abstention: Abstention, source: Source)
 
 
 def check_answers(
-    got: Mapping[str, np.ndarray], fit: Fit, encoder: Encoder, pictures: np.ndarray, abstention: Abstention
+    got: Mapping[str, np.ndarray], fit: FittedClassifier, encoder: Encoder, pictures: np.ndarray, abstention: Abstention
 ) -> None:
     """Raise ArithmeticError unless these outputs of a file or plan are what the library answers on `pictures` uint8
     (B, H, W, 3): labels the same, but for ties, what is accepted or rejected the same, numbers up to TOLERANCE."""

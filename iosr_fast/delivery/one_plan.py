@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import asdict
 
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.delivery.one_file import check_answers, check_file, one_file
 from iosr_fast.encoders.engine_folder import EXTRAS, target, unavailable_reason
 from iosr_fast.encoders.runtimes.graph import graph_of_plan
@@ -39,7 +39,7 @@ def plan_runtime(runtime: str) -> str:
 
 
 def write_plan(
-    fit: Fit, out: str | Path, runtime: str, max_batch: int = 32, abstention: Abstention = NONE_WITHHELD
+    fit: FittedClassifier, out: str | Path, runtime: str, max_batch: int = 32, abstention: Abstention = NONE_WITHHELD
 ) -> dict[str, Any]:
     """Build a plan for a `plan_runtime` from "pixels", uint8 (B, S, S, 3) with B of 1 to `max_batch`, to the outputs of
     Classifier.export, and return its manifest.

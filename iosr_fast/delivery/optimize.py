@@ -15,7 +15,7 @@ from msgspec.structs import replace as changed
 
 from iosr_fast.delivery.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Outcome, best_of
 from iosr_fast.delivery.engine_judge import JUDGED, Judge, sample_rows, time_encoders
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
@@ -35,8 +35,12 @@ _log = logging.getLogger("iosr_fast")
 
 
 def optimize(
-    fit: Fit, images: Sequence[Any], options: OptimizeOptions, version: int, unknown_images: Sequence[Any] = ()
-) -> Fit:
+    fit: FittedClassifier,
+    images: Sequence[Any],
+    options: OptimizeOptions,
+    version: int,
+    unknown_images: Sequence[Any] = (),
+) -> FittedClassifier:
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
     `fit.head.examples`; if the embeddings change they are encoded again, with `unknown_images`, the reducer is fitted
     again, and the head is of this `version`. Classes, texts, ids, thumbnails, method and parameters stay."""
@@ -72,7 +76,9 @@ class _Trial:
         self.encoder = None
 
 
-def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> tuple[OpenedModel, EngineChoice]:
+def choose_engine(
+    fit: FittedClassifier, images: Sequence[Any], options: OptimizeOptions
+) -> tuple[OpenedModel, EngineChoice]:
     """The best engine by the objective that is not rejected (engine_choice.rejection_reason), and the table of all.
 
     Every candidate is built, calibrated on the images and timed, in the form that the method needs: with adapted
@@ -209,7 +215,7 @@ def _choose(table: list[_Trial], judge: Judge, options: OptimizeOptions) -> _Tri
     return best
 
 
-def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:
+def match_images(fit: FittedClassifier, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:
     """The images of `fit.head.examples` in their order, found by their embeddings among the `images` of their class.
 
     The same engine gives the same embedding again, up to rounding. Images that match no example are left out with a

@@ -61,7 +61,7 @@ from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.dual_config import Precision
+    from iosr_fast.clip.dual_config import GraphPrecision
     from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.clip.load import LoadedModel
     from iosr_fast.clip.plain_encoder import PlainEncoder
@@ -170,7 +170,7 @@ def check_products(model: LoadedModel | OnnxModel, precision: str) -> None:
 
 
 def _encoder(
-    clip: LoadedModel | OnnxModel, adapter: Adapter | None, fused: Precision | None
+    clip: LoadedModel | OnnxModel, adapter: Adapter | None, fused: GraphPrecision | None
 ) -> tuple[DualEncoder | PlainEncoder | OnnxModel, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
     """What is exported, fused in a precision or (None) as it is; and the right embeddings of uint8 pixels."""
     if isinstance(clip, OnnxModel):

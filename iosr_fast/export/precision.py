@@ -13,7 +13,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import check_calibration
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.dual_config import Precision
+    from iosr_fast.clip.dual_config import GraphPrecision
 
 # The runtimes of each precision. For bf16 the graph is fp32, and OpenVINO rounds.
 RUNTIMES_OF = {
@@ -54,7 +54,7 @@ def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
     return runtime
 
 
-def graph_precision(precision: str, runtime: str, fused: bool = True) -> Precision:
+def graph_precision(precision: str, runtime: str, fused: bool = True) -> GraphPrecision:
     """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for
     TensorRT, fp32 on a CPU and for an encoder that is not `fused`."""
     half = precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS)

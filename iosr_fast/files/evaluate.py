@@ -24,7 +24,7 @@ from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
-    from iosr_fast.delivery.fitted import Fit
+    from iosr_fast.delivery.fitted import FittedClassifier
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.head.head import Head
 
@@ -34,7 +34,14 @@ _BLOCK = 1024  # images whose logits are in memory
 
 
 def evaluate_images(
-    fit: Fit, reader: Reader, images: Any, labels: Any, unknown_images: Any, coverage: float, keep: float, shown: bool
+    fit: FittedClassifier,
+    reader: Reader,
+    images: Any,
+    labels: Any,
+    unknown_images: Any,
+    coverage: float,
+    keep: float,
+    shown: bool,
 ) -> Evaluation:
     """As Classifier.evaluate. `shown` is whether to show bars."""
     coverage, keep = check_share("coverage", coverage), check_share("keep", keep)

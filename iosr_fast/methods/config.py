@@ -15,7 +15,7 @@ from msgspec import Meta
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.papers import MAX_KEYS, METHODS, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.scoring.key_precision import KeyPrecision
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import NAME, Reducer, fit_reducer
 from iosr_fast.sealed.schema import Above0, Natural, Positive, Share, Strict, text_of
@@ -101,7 +101,7 @@ class Config(Strict, frozen=True, kw_only=True):
     parameters: dict[str, float] = msgspec.field(default_factory=dict)
     reducer: ReducerName = "none"
     factor: Above0 = 1.0
-    key_precision: Precision = "fp32"
+    key_precision: KeyPrecision = "fp32"
     look_alikes: bool = True
     evidence: Evidence | None = msgspec.field(default=None, name="tuned")
 

@@ -120,7 +120,7 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
-class Objective:
+class WeightPrior:
     """What weights minimise: the log-loss of images with `labels` (V,), and their distance from a `prior`, by part,
     times `strength`. `log_shares` (C,) are added to the logits."""
 
@@ -130,7 +130,7 @@ class Objective:
     strength: float
 
     @classmethod
-    def of(cls, held_out: HeldOut, prior: Mapping[str, float], few: float) -> Objective:
+    def of(cls, held_out: HeldOut, prior: Mapping[str, float], few: float) -> WeightPrior:
         """That of held-out images. A validation set has the shares of new images."""
         labels = held_out.labels
         n_classes = held_out.support.n_classes
@@ -168,7 +168,7 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config
     embeddings: tuple[Which, ...] = ("adapted", "plain") if method.needs_adapter else ("plain",)
     settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds, few)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * text_accuracy(support)
-    objective = Objective.of(held_out, one_shot_weights(support, embeddings, bool(settings)), few)
+    objective = WeightPrior.of(held_out, one_shot_weights(support, embeddings, bool(settings)), few)
     if copies and few < 1:  # whether texts help the discriminant is asked of large classes, with the first setting
         tried = [_candidates(held_out, method, settings[:1], number) for number in (copies, 0.0)]
         chosen = objective.best([stack for some in tried for stack in some]).setting["text_images"]

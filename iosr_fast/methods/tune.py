@@ -23,7 +23,7 @@ from iosr_fast.methods.papers import Method
 from iosr_fast.methods.search import ParameterSearch
 from iosr_fast.methods.stack_weights import fit_stack, one_shot_weights, text_accuracy
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.scoring.key_precision import Precision, check_precision
+from iosr_fast.scoring.key_precision import KeyPrecision, check_precision
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer, check_reducer
 from iosr_fast.scoring.validation import check_number
@@ -44,7 +44,7 @@ def asked_config(
     reducer: str | None = None,
     tune: Tuning = None,
     tune_seconds: float = TUNE_SECONDS,
-    key_precision: Precision = "fp32",
+    key_precision: KeyPrecision = "fp32",
     look_alikes: bool = True,
     alpha: float | None = None,
     beta: float | None = None,

@@ -9,7 +9,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import PlanTerms
-from iosr_fast.scoring.key_precision import Precision
+from iosr_fast.scoring.key_precision import KeyPrecision
 from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_real, check_unit_rows, unit_norm_message
 from iosr_fast.utils.numbers import is_tensor
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost of dlpack.h: memory that NumPy can read
-_ROUNDED: dict[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
+_ROUNDED: dict[str, KeyPrecision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
 class Inputs(NamedTuple):
@@ -90,7 +90,7 @@ def _usual(plan: PlanTerms, rows: Any, check: bool) -> bool:
     return rows.flags.c_contiguous and _C.unit_rows(rows, UNIT_NORM_TOLERANCE["fp32"])
 
 
-def _precision_of(array: Array) -> Precision:
+def _precision_of(array: Array) -> KeyPrecision:
     if isinstance(array, np.ndarray):
         return "fp16" if array.dtype == np.float16 else "fp32"
     return _ROUNDED.get(str(array.dtype), "fp32")
@@ -136,7 +136,7 @@ def _on_device(named: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check_unit_tensors(named: dict[str, Tensor], precision: dict[str, Precision]) -> None:
+def _check_unit_tensors(named: dict[str, Tensor], precision: dict[str, KeyPrecision]) -> None:
     """check_unit_rows on the tensors' own device; reads one scalar if all rows pass."""
     import torch
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+KeyPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
-_BY_DTYPE: dict[np.dtype, Precision] = {
+PRECISIONS: tuple[KeyPrecision, ...] = ("fp32", "fp16", "bf16", "int8")
+_BY_DTYPE: dict[np.dtype, KeyPrecision] = {
     np.dtype(np.float32): "fp32",
     np.dtype(np.float16): "fp16",
     np.dtype(np.uint16): "bf16",
@@ -26,12 +26,12 @@ _CHUNK = 1 << 20  # elements: 4 MB of float32
 _LARGEST_CODE = 127
 
 
-def precision_of(dtype: np.dtype) -> Precision | None:
+def precision_of(dtype: np.dtype) -> KeyPrecision | None:
     """The precision of keys of this dtype; None if keys can't have it."""
     return _BY_DTYPE.get(np.dtype(dtype))
 
 
-def check_precision(precision: str) -> Precision:
+def check_precision(precision: str) -> KeyPrecision:
     """`precision` itself. Raises IosrFastError for an unknown one."""
     if precision not in PRECISIONS:
         raise IosrFastError(f"expected a key precision of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -75,7 +75,7 @@ def key_rows(keys: np.ndarray, key_scales: np.ndarray | None, rows: slice) -> np
     return values
 
 
-def convert_keys(keys: np.ndarray, precision: Precision) -> np.ndarray:
+def convert_keys(keys: np.ndarray, precision: KeyPrecision) -> np.ndarray:
     """Keys (N, D) of another precision than int8 in "fp32", "fp16" or "bf16", read-only."""
     if precision_of(keys.dtype) == precision:
         return keys

@@ -11,7 +11,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import ARRAYS, CONSTANTS, EMBEDDINGS, LARGEST, RANGES, Embedding, PlanTerms
 from iosr_fast.scoring.key_precision import (
-    Precision,
+    KeyPrecision,
     check_precision,
     convert_keys,
     half_values,
@@ -139,7 +139,7 @@ class ScoringPlan(PlanTerms):
         return None if self.reducer is None else self.reducer.projection
 
     @property
-    def key_precision(self) -> Precision | None:
+    def key_precision(self) -> KeyPrecision | None:
         """The precision of the keys: "fp32", "fp16", "bf16" or "int8"; None without keys."""
         return None if self.keys is None else precision_of(self.keys.dtype)
 
@@ -153,7 +153,7 @@ class ScoringPlan(PlanTerms):
         keys = key_rows(self.keys, self.key_scales, slice(None))
         return keys if self.query_transform is None else keys @ self.query_transform
 
-    def with_key_precision(self, precision: Precision) -> ScoringPlan:
+    def with_key_precision(self, precision: KeyPrecision) -> ScoringPlan:
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
         Keys that were rounded before are normalised first. int8 keys get a query_transform

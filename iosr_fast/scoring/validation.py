@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.scoring.key_precision import Precision, chunks, key_rows
+from iosr_fast.scoring.key_precision import KeyPrecision, chunks, key_rows
 from iosr_fast.utils.numbers import is_tensor, refuse_masked
 
 # The largest difference of a row's norm from 1, by the precision of its channels.
-UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}
+UNIT_NORM_TOLERANCE: dict[KeyPrecision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}
 
 
 def check_real(name: str, array: Any) -> None:
@@ -68,7 +68,7 @@ def check_unit_rows(
     name: str,
     rows: np.ndarray,
     scales: np.ndarray | None = None,
-    precision: Precision = "fp32",
+    precision: KeyPrecision = "fp32",
     transform: np.ndarray | None = None,
     or_zero: bool = False,
 ) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.delivery.engine_choice import EngineChoice
-from iosr_fast.delivery.fitted import Fit, SavedEstimator
+from iosr_fast.delivery.fitted import FittedClassifier, SavedEstimator
 from iosr_fast.encoders.engine_folder import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
@@ -48,7 +48,7 @@ ENGINE, TEXT = "engine", "text"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A Fit without the encoder that runs.
+    """A FittedClassifier without the encoder that runs.
 
     `engine` is the folder to open it from, `files` that folder held open. A head on rows of embeddings has neither; it
     has an `estimator`, what FewShotHead needs beside it.
@@ -65,7 +65,7 @@ class Bundle:
     estimator: SavedEstimator | None = None
 
     @classmethod
-    def of(cls, fit: Fit) -> Bundle:
+    def of(cls, fit: FittedClassifier) -> Bundle:
         """What is saved of a fit."""
         clip = fit.clip
         beside = clip.text, clip.encoder.source, fit.integer_labels, fit.engine_choice, fit.estimator
@@ -84,7 +84,7 @@ class Bundle:
         settings = self.settings
         return self.encoder_fingerprint, check_engine(self.files).geometry, settings.exif_orientation, settings.margin
 
-    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Bundle] = ()) -> Fit:
+    def open(self, runtime: str, threads: int | None, runs: int, beside: Iterable[Bundle] = ()) -> FittedClassifier:
         """The fit of an opened bundle. "auto" is the runtime that was chosen by measuring on the same processor.
 
         The encoder is opened in the form that queries need, those of bundles `beside` it, too, whose fits will be
@@ -105,10 +105,10 @@ class Bundle:
         model = self.engine, self.text, self.head.tau, None, reads_text
         return self.on(OpenedModel(encoder, *model, one_form=len(forms) == 2))
 
-    def on(self, clip: OpenedModel) -> Fit:
+    def on(self, clip: OpenedModel) -> FittedClassifier:
         """The fit on an opened model."""
         beside = self.integer_labels, self.engine_choice
-        return Fit(clip, self.head, self.settings, (), *beside, estimator=self.estimator)
+        return FittedClassifier(clip, self.head, self.settings, (), *beside, estimator=self.estimator)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle has: not `pretrained`, nor the file of an adapter.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.head import Head
 from iosr_fast.store.change_log import ChangeLog
@@ -26,12 +26,12 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self.fit: Fit | None = None
+        self.fit: FittedClassifier | None = None
         self.log: ChangeLog | None = None
         self.lock = threading.Lock()
         self._serves = False
 
-    def fitted(self) -> Fit:
+    def fitted(self) -> FittedClassifier:
         """The fit. Raises NotFittedError before there is one."""
         fit = self.fit
         if fit is None:
@@ -48,13 +48,13 @@ class Store:
         """The head, with its plan, and where promises are served with what these rest on (Head.with_promises)."""
         return head.with_promises(before) if self._serves else head.compiled()
 
-    def changeable(self, call: str) -> Fit:
+    def changeable(self, call: str) -> FittedClassifier:
         """The fit. Raises IosrFastError where its head takes no changes."""
         fit = self.fitted()
         fit.head.require_single_label(call, _REFIT)
         return fit
 
-    def change(self, fit: Fit, make: Callable[[Head], Change]) -> ChangeResult:
+    def change(self, fit: FittedClassifier, make: Callable[[Head], Change]) -> ChangeResult:
         """Apply a change to the newest version of `fit`, with which something was encoded before: make the new head
         ready, log the change, and publish the head. `make` makes the change for that version.
 
@@ -79,7 +79,7 @@ class Store:
             self.fit = replace(current, head=head)
             return ChangeResult(head.version, *change.result_ids(before))
 
-    def replace(self, fit: Fit, instead_of: Fit | None = None) -> None:
+    def replace(self, fit: FittedClassifier, instead_of: FittedClassifier | None = None) -> None:
         """Take over the result of a fit, or what was made of the fit `instead_of`.
 
         Raises IosrFastError where a log is open, and where the fit is not `instead_of` any more.

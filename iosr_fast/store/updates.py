@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from iosr_fast.delivery.engine_choice import EngineChoice, Objective, OptimizeOptions
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.engine_choice import EngineChoice, EngineGoal, OptimizeOptions
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import Parent, check_nodes, path_below
@@ -217,7 +217,7 @@ class Changing:
         self,
         images: Any,
         labels: Sequence[Any] | np.ndarray,
-        objective: Objective = "latency",
+        objective: EngineGoal = "latency",
         tolerance: float = 0.5,
         runtime: str = "auto",
         precision: str = "auto",
@@ -271,7 +271,7 @@ class Changing:
         return optimized.engine_choice
 
 
-def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -> Fit:
+def calibrate(fit: FittedClassifier, images: Any, labels: Any, groups: Any, skip_bad: bool) -> FittedClassifier:
     """The next version of a fit, as of Changing.calibrate_on."""
     head = fit.head.require_single_label("calibrate_on")
     listed = fit.listed(images)
@@ -285,7 +285,7 @@ def calibrate(fit: Fit, images: Any, labels: Any, groups: Any, skip_bad: bool) -
     return replace(fit, head=head.calibrated_on(encoded.examples.embeddings, encoded.examples.class_ids, grouped))
 
 
-def _encode(fit: Fit, images: Any) -> Examples | None:
+def _encode(fit: FittedClassifier, images: Any) -> Examples | None:
     """The images as examples without class and numbers yet; None for no images. An iterable without a length is taken
     once, image by image, and its parts of pictures make no groups."""
     lazy = isinstance(images, Iterable) and not isinstance(images, Sized)
@@ -323,7 +323,7 @@ def _same_pictures(rows: Embeddings, others: Embeddings) -> Iterator[tuple[int, 
             yield block.start + row, other
 
 
-def _text(fit: Fit, name: str, text: np.ndarray | None, descriptions: Any) -> np.ndarray | None:
+def _text(fit: FittedClassifier, name: str, text: np.ndarray | None, descriptions: Any) -> np.ndarray | None:
     """A class's text embedding (D,): `text`, checked, or that of its name and descriptions by the text encoder; None
     where classes have none."""
     if fit.head.text is None:

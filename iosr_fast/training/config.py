@@ -14,8 +14,8 @@ from msgspec import Meta
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.text import did_you_mean
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
+TrainPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
+PRECISIONS: tuple[str, ...] = get_args(TrainPrecision)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TrainConfig:
     augment: bool = False
     normalise: bool = True
     cached_views: int = 0
-    precision: Precision = "32-true"
+    precision: TrainPrecision = "32-true"
     seed: int = 0
     dino: DinoConfig | None = None
 

@@ -17,7 +17,7 @@ import pytest
 
 from iosr_fast import IosrFastError
 from iosr_fast.classifier import Classifier
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.export import pretrained
 from iosr_fast.store.store import Store
@@ -116,19 +116,19 @@ def race(data: Any, paths: list[str], tmp_path: Path, monkeypatch: pytest.Monkey
 class Refitted(Store):
     """Another fit takes the place of the first one as soon as that is read."""
 
-    def __init__(self, *fits: Fit) -> None:
+    def __init__(self, *fits: FittedClassifier) -> None:
         self.fits = [*fits]
         super().__init__()
 
-    def fitted(self) -> Fit:
+    def fitted(self) -> FittedClassifier:
         return self.fit
 
     @property
-    def fit(self) -> Fit:
+    def fit(self) -> FittedClassifier:
         return self.fits.pop(0) if len(self.fits) > 1 else self.fits[0]
 
     @fit.setter
-    def fit(self, fit: Fit | None) -> None:
+    def fit(self, fit: FittedClassifier | None) -> None:
         pass
 
 

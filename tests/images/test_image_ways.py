@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.delivery.fitted import Fit
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
@@ -55,7 +55,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
         made.save(tmp_path / f"bundle {chosen}")
         bundle = load(tmp_path / f"bundle {chosen}")
         loaded = unfitted()
-        loaded._fit = Fit(pixel_clip(bundle.engine), bundle.head, bundle.settings)
+        loaded._fit = FittedClassifier(pixel_clip(bundle.engine), bundle.head, bundle.settings)
         assert loaded.exif_orientation_ is chosen
         assert loaded.predict([data]).tolist() == [expected]
         assert loaded.predict_folder(tmp_path / "in").labels.tolist() == [expected]

@@ -17,8 +17,8 @@ from iosr_fast.methods.papers import MAX_KEYS
 from iosr_fast.methods.stack_weights import (
     FEW_SHOT_SETTING,
     SETTINGS,
-    Objective,
     Stack,
+    WeightPrior,
     affordable,
     few_share,
     one_shot_weights,
@@ -205,7 +205,7 @@ def test_a_preference_for_classes_of_many_images_earns_no_weight() -> None:
     held_out = HeldOut.of_support(support, make_folds(support))
     preference = Stack({"regression": Part(np.tile([0.0] * 4 + [2.0] * 4, (32, 1)), 1.0, 1.0)}, {}, {})
     for folds, expected in ((held_out.folds, 0.0), (None, np.log(3.0) / 2.0)):
-        objective = Objective.of(replace(held_out, folds=folds), {"regression": 0.0}, few=0.0)
+        objective = WeightPrior.of(replace(held_out, folds=folds), {"regression": 0.0}, few=0.0)
         assert objective.best([preference]).weights["regression"] == pytest.approx(expected, abs=0.06)
 
 

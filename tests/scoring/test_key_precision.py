@@ -37,7 +37,7 @@ def test_bfloat16_rounds_to_nearest_and_ties_to_even() -> None:
 
 @pytest.mark.parametrize(("name", "dtype", "relative"), [("fp16", np.float16, 2**-11), ("bf16", np.uint16, 2**-8)])
 def test_a_half_is_within_half_a_unit(
-    name: key_precision.Precision, dtype: type, relative: float, rng: np.random.Generator
+    name: key_precision.KeyPrecision, dtype: type, relative: float, rng: np.random.Generator
 ) -> None:
     keys = unit_rows(rng, 37, 65)
     plan = plan_of(keys).with_key_precision(name)
@@ -74,7 +74,9 @@ def test_a_rotation_beats_codes_of_the_keys_own_channels(rng: np.random.Generato
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_keys_of_few_bits_have_values_in_float16(precision: key_precision.Precision, rng: np.random.Generator) -> None:
+def test_keys_of_few_bits_have_values_in_float16(
+    precision: key_precision.KeyPrecision, rng: np.random.Generator
+) -> None:
     keys, values = unit_rows(rng, 60, 48), 1e6 * rng.standard_normal((60, 7))
     plan = ScoringPlan(7, keys=keys, values=values, beta=3.0)
     narrow = plan.with_key_precision(precision)

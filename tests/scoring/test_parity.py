@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.fields import LARGEST, RANGES
-from iosr_fast.scoring.key_precision import PRECISIONS, Precision
+from iosr_fast.scoring.key_precision import PRECISIONS, KeyPrecision
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import score_reference
@@ -56,7 +56,7 @@ each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 @each_precision
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dense", [False, True], ids=["classes", "values"])
-def test_odd_shapes(dense: bool, width: int, precision: Precision, rng: np.random.Generator) -> None:
+def test_odd_shapes(dense: bool, width: int, precision: KeyPrecision, rng: np.random.Generator) -> None:
     for counts in LAYOUTS:
         plan = random_plan(rng, list(counts), width, precision=precision, dense=dense)
         for batch in BATCHES:
@@ -65,7 +65,7 @@ def test_odd_shapes(dense: bool, width: int, precision: Precision, rng: np.rando
 
 @each_precision
 @pytest.mark.parametrize("name", EXTENDED)
-def test_plans_of_every_kind(name: str, precision: Precision, rng: np.random.Generator) -> None:
+def test_plans_of_every_kind(name: str, precision: KeyPrecision, rng: np.random.Generator) -> None:
     widths, batches = itertools.cycle(WIDTHS[1:]), itertools.cycle((*BATCHES, 0))
     for counts in LAYOUTS:
         width, batch = next(widths), next(batches)
@@ -77,7 +77,7 @@ def test_plans_of_every_kind(name: str, precision: Precision, rng: np.random.Gen
 @pytest.mark.parametrize("dense", [False, True], ids=["classes", "values"])
 @pytest.mark.parametrize("shape", [(252, 507, 123), (65, 4200, 17), (1030, 33, 9)])
 def test_more_than_one_tile(
-    shape: tuple[int, int, int], dense: bool, precision: Precision, rng: np.random.Generator
+    shape: tuple[int, int, int], dense: bool, precision: KeyPrecision, rng: np.random.Generator
 ) -> None:
     batch, n_keys, width = shape
     counts = np.diff([0, *np.sort(rng.integers(0, n_keys + 1, 66)), n_keys]).tolist()
@@ -97,7 +97,7 @@ def test_each_combination_of_terms(path: str, terms: tuple[str, ...], rng: np.ra
 @pytest.mark.parametrize("case", BOUNDS, ids=str)
 @each_precision
 def test_constants_and_arrays_at_their_bounds(
-    case: dict[str, float], precision: Precision, rng: np.random.Generator
+    case: dict[str, float], precision: KeyPrecision, rng: np.random.Generator
 ) -> None:
     feature = "text-distribution" if "temperature" in case else "plain"
     plan = random_plan(rng, [3, 0, 4], 40, feature=feature, dense="values" in case, precision=precision)
@@ -124,7 +124,7 @@ def test_constants_and_arrays_at_their_bounds(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape_and_layout(
-    counts: list[int], width: int, batch: int, parts: dict[str, Any], beta: float, precision: Precision, seed: int
+    counts: list[int], width: int, batch: int, parts: dict[str, Any], beta: float, precision: KeyPrecision, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     plan = random_plan(rng, counts, width, **{**parts, "beta": beta, "precision": precision})
@@ -167,7 +167,7 @@ def test_the_reference_is_the_formula_by_hand() -> None:
 
 @each_precision
 def test_the_reference_takes_stored_keys_for_what_they_stand_for(
-    precision: Precision, rng: np.random.Generator
+    precision: KeyPrecision, rng: np.random.Generator
 ) -> None:
     plan, embeddings = random_plan(rng, [3, 0, 5], 24, precision=precision), random_embeddings(rng, 4, 24)
     np.testing.assert_allclose(score_reference(plan, embeddings), eager_float32(plan, embeddings), rtol=1e-4, atol=1e-5)

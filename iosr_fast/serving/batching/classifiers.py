@@ -10,14 +10,14 @@ from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
-    from iosr_fast.delivery.fitted import Fit
+    from iosr_fast.delivery.fitted import FittedClassifier
     from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.head import Head
 
 _CALL = "BatchingClassifier", "use predict"
 
 
-def embedding(fit: Fit) -> dict[str, Any]:
+def embedding(fit: FittedClassifier) -> dict[str, Any]:
     """How a classifier embeds pictures. Those that do it alike can share an encoder and its batches."""
     encoder, settings = fit.clip.encoder, fit.settings
     rows = {"adapted": encoder.adapted} if encoder.fingerprint == "none" else {}  # of a head without an encoder
@@ -49,7 +49,7 @@ class Classifiers:
         for one in self.named.values():
             one.serve_promises()
 
-    def ask(self, names: str | Iterable[str]) -> tuple[dict[str, Head], Fit]:
+    def ask(self, names: str | Iterable[str]) -> tuple[dict[str, Head], FittedClassifier]:
         """The newest heads of these classifiers ("" is the only one), and the fit whose encoder all share, read at
         once. Raises IosrFastError for unknown names, and for one that was fitted again on another encoder."""
         if names == "" and len(self.named) == 1:
@@ -70,7 +70,7 @@ class Classifiers:
         """The one that all share now."""
         return self._read()[1].encoder
 
-    def _read(self) -> tuple[dict[str, Fit], Fit]:
+    def _read(self) -> tuple[dict[str, FittedClassifier], FittedClassifier]:
         """The fits that embed alike, by name, and the one whose encoder all share."""
         every = {name: one._fitted() for name, one in self.named.items()}
         fits = {name: fit for name, fit in every.items() if len(every) == 1 or embedding(fit) == self._alike}
