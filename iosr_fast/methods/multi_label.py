@@ -136,7 +136,7 @@ def _by_rule(stack: Stack, labels: np.ndarray) -> Stack:
     """Weights and biases where no class has two images, so that no term of images can be judged (fit_multi_label)."""
     labelled = int(labels.sum())
     spread = _ONE_SHOT_SPREAD
-    common = float(np.log(labelled / (labels.size - labelled)))
+    common = float(np.log(labelled / max(labels.size - labelled, 0.5)))  # 0.5: every image has every label
     loss = float("inf")
     if "text" in stack.parts:
         fit = Sigmoid.fit([stack.parts["text"].scaled], labels, np.ones(labels.shape[1], bool), _FIRM)

@@ -148,6 +148,13 @@ def test_a_probability_at_its_threshold_counts() -> None:
     assert [listed.tolist() for listed in link.listed(np.array([[-1.0, -1.0]]), 5)] == [[]]
 
 
+def test_copies_with_every_label_have_every_label() -> None:
+    """Nothing can be left out, and no image is without a label."""
+    rows = Embeddings(unit(np.ones((3, 24))))
+    _, link, plan = fit_multi_label(Config(method="auto"), make_support_set(rows, np.ones((3, 2), bool), None, 20.0))
+    assert link.members(score(plan, rows)).all()
+
+
 def test_one_image_is_too_few() -> None:
     with pytest.raises(IosrFastError, match="expected 2 to 8192 support images, got 1"):
         fit_multi_label(Config(method="auto"), images_of(1))
