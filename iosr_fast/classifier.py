@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from iosr_fast.delivery.answering import Answering, FittedAttribute
 from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.delivery.fit import FitData, fit
 from iosr_fast.delivery.fitted import FittedClassifier
@@ -20,7 +21,6 @@ from iosr_fast.files.source import Source, check_files
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
-from iosr_fast.head.answering import Answering, FittedAttribute
 from iosr_fast.head.class_tree import Parents, read_parents
 from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.fit import warn_of_look_alikes
@@ -44,7 +44,7 @@ from iosr_fast.utils.estimator import Estimator
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Answering[FittedClassifier], Changing, Estimator):
+class Classifier(Answering, Changing, Estimator):
     """A few-shot image classifier on a CLIP or any image encoder, an estimator of scikit-learn. Nothing is trained.
 
     It is an encoder, a head (how embeddings become labels) and a store of heads, which changes replace: any number of

@@ -13,12 +13,12 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from iosr_fast.delivery.answering import Answering
 from iosr_fast.delivery.fitted import FittedClassifier, SavedEstimator
 from iosr_fast.encoders.encoder import Embeddings, are_usable, unit
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.answering import Answering
 from iosr_fast.head.class_tree import paths_of
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
@@ -47,7 +47,7 @@ from sklearn.utils.validation import check_array, validate_data  # noqa: E402
 _BLOCK = 64  # rows that are scored together
 
 
-class FewShotHead(Answering[FittedClassifier], ClassifierMixin, BaseEstimator):
+class FewShotHead(Answering, ClassifierMixin, BaseEstimator):
     """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
 
     It is the head of a `Classifier` on embeddings that exist already: of a CLIP, or of any encoder whose cosines mean

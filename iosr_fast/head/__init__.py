@@ -1,5 +1,5 @@
 """A fitted classifier on embeddings at one version, and what it answers.
 
 `head.Head` is the data and what is computed from it, a `verdict.Verdict` what it decides about embeddings, which
-`predictions` explain; `answering.Answering` are the questions that callers ask.
+`predictions` explain.
 """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 
+from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
@@ -25,19 +26,6 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.html import Html, element, overview
 from iosr_fast.utils.numbers import check_integer
 
-
-class Fitted(Protocol):
-    """What a fit made, and changes make of it; immutable. `labels` (C,) are those of the head's classes: names,
-    integers, or what scikit-learn was given."""
-
-    @property
-    def head(self) -> Head: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-
-F = TypeVar("F", bound=Fitted)
 T = TypeVar("T")
 
 
@@ -51,7 +39,7 @@ class FittedAttribute(Generic[T]):
         return self._read(classifier._fitted())
 
 
-class Answering(Generic[F]):
+class Answering:
     """Questions and answers. Each reads what is fitted once, so that it is of one version whatever is fitted or changed
     meanwhile, and refuses before X is encoded what this head, or so few support images, can't answer.
 
@@ -62,18 +50,18 @@ class Answering(Generic[F]):
     _unit_rows: ClassVar[bool] = True  # whether scoring refuses queries that are not of unit length
 
     @abstractmethod
-    def _fitted(self) -> F:
+    def _fitted(self) -> FittedClassifier:
         """What is fitted. Raises NotFittedError before a fit."""
 
     @abstractmethod
-    def _queries(self, fitted: F, X: Any) -> Iterator[Embeddings]:
+    def _queries(self, fitted: FittedClassifier, X: Any) -> Iterator[Embeddings]:
         """The embeddings of X as `fitted` compares them, in blocks, each encoded when it is taken."""
 
-    def _score(self, fitted: F, block: Embeddings) -> np.ndarray:
+    def _score(self, fitted: FittedClassifier, block: Embeddings) -> np.ndarray:
         """Logits (B, C) float32 of a block."""
         return fitted.head.score(block, self._unit_rows)
 
-    def _labels(self, fitted: F, logits: np.ndarray) -> np.ndarray:
+    def _labels(self, fitted: FittedClassifier, logits: np.ndarray) -> np.ndarray:
         """What `predict` answers to queries with these logits, where it withholds no label."""
         return fitted.head.link.answers(logits, fitted.labels)
 
@@ -81,11 +69,11 @@ class Answering(Generic[F]):
         """What `audit` calls a support image of this number."""
         return example_id(number)
 
-    def _logits(self, fitted: F, X: Any) -> np.ndarray:
+    def _logits(self, fitted: FittedClassifier, X: Any) -> np.ndarray:
         blocks = (self._score(fitted, block) for block in self._queries(fitted, X))
         return np.concatenate([np.zeros((0, len(fitted.labels)), np.float32), *blocks])
 
-    def _judged(self, fitted: F, X: Any, abstention: Abstention) -> Iterator[tuple[Embeddings, Verdict]]:
+    def _judged(self, fitted: FittedClassifier, X: Any, abstention: Abstention) -> Iterator[tuple[Embeddings, Verdict]]:
         head = fitted.head.require_single_label("a verdict")
         for block in self._queries(fitted, X):
             yield block, judge(head, block, abstention, self._score(fitted, block))
