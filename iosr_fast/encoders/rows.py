@@ -45,6 +45,16 @@ class Rows(Encoder):
             raise IosrFastError(f"{expected}, finite and not all zeros, got others in row {wrong[0]}")
         return read
 
+    def keyed(self, rows: Any) -> list[KeyedRow]:
+        """KeyedRows as they are; the keys of other rows (`read`) are their positions."""
+        given = [*rows]
+        if all(isinstance(row, KeyedRow) for row in given):
+            return given
+        return [
+            KeyedRow.of(str(i), row, "")
+            for i, row in enumerate(self.read(rows if isinstance(rows, np.ndarray) else given))
+        ]
+
     def accepts(self, image: Any) -> bool:
         return isinstance(image, np.ndarray) and image.shape == (self.width,)
 

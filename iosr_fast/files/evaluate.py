@@ -15,7 +15,6 @@ from iosr_fast.head.predictions import predict
 from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, UnknownResult
 from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.crop import path_of
-from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.automation import PROMISES, automation, least_odds
 from iosr_fast.methods.conformal import Judged, check_share, of_logits
 from iosr_fast.methods.folds import unit_weights
@@ -46,9 +45,9 @@ def evaluate_images(
     """As Classifier.evaluate. `shown` is whether to show bars."""
     coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
     head = fit.head.require_single_label("evaluate", "score gives the mean average precision")
-    listed = as_image_list(images)
+    listed = reader.listed(images)
     class_ids = fit.read_labels(listed, labels)
-    others = [] if unknown_images is None else as_image_list(unknown_images)
+    others = [] if unknown_images is None else reader.listed(unknown_images)
     errors: list[BadImageError] = []
 
     def encoded(sources: Sequence[Any]) -> tuple[list[int], list[Any], Embeddings | None]:

@@ -23,7 +23,7 @@ from iosr_fast.encoders.rows import Rows, decode_rows
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.crop import Sharing, path_of
-from iosr_fast.images.preprocess import Decode, DecodedBatch, decode_batch
+from iosr_fast.images.preprocess import Decode, DecodedBatch, as_image_list, decode_batch
 from iosr_fast.utils.machine import split_cores, usable_threads
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
@@ -91,6 +91,10 @@ class Reader:
         self.decode: Decode = decode_rows if isinstance(encoder, Rows) else pictures
         most = 16 if encoder.buckets is None else min(64, encoder.max_batch)
         self.batch = most if options.batch is None else check_integer("batch", options.batch, 1)
+
+    def listed(self, images: Any) -> Sequence[Any]:
+        """One image or many as a sequence, or rows of embeddings with their keys."""
+        return self.encoder.keyed(images) if isinstance(self.encoder, Rows) else as_image_list(images)
 
     def stage(self, images: int) -> Stage:
         """How the cores are used for a number of images.

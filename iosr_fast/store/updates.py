@@ -239,6 +239,8 @@ class Changing:
         options = OptimizeOptions(objective, tolerance, runtime, precision, smaller_images, bool(self.progress))
         fit = self._store.fitted()
         head = fit.head.require_single_label("optimize", "it compares single labels; build the engine that you want")
+        if fit.estimator is not None:
+            raise IosrFastError("a head on rows of embeddings has no engine to choose: optimize a Classifier of images")
         from iosr_fast.delivery.optimize import match_images, optimize
 
         self._store.check_no_log()

@@ -296,6 +296,9 @@ def test_a_saved_head_opens_as_a_classifier_of_rows(rng: np.random.Generator, tm
     head.save(tmp_path / "head")
     classifier = Classifier.load(tmp_path / "head")
     assert classifier.predict(queries).tolist() == [str(label) for label in head.predict(queries).tolist()]
+    assert classifier.score(X, y) == classifier.evaluate(X, y).accuracy == head.score(X, y)
+    with pytest.raises(IosrFastError, match="no engine to choose"):
+        classifier.optimize(X, y)
     classifier.open_log(tmp_path / "log.db")
     classifier.add_examples(classifier.classes_[0], 2.0 * queries[:1])
     classifier.save(tmp_path / "changed")
