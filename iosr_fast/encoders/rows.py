@@ -47,13 +47,10 @@ class Rows(Encoder):
 
     def keyed(self, rows: Any) -> list[KeyedRow]:
         """KeyedRows as they are; the keys of other rows (`read`) are their positions."""
-        given = [*rows]
-        if all(isinstance(row, KeyedRow) for row in given):
-            return given
-        return [
-            KeyedRow.of(str(i), row, "")
-            for i, row in enumerate(self.read(rows if isinstance(rows, np.ndarray) else given))
-        ]
+        rows = rows if isinstance(rows, np.ndarray) else [*rows]
+        if all(isinstance(row, KeyedRow) for row in rows):
+            return list(rows)
+        return [KeyedRow.of(str(i), row, "") for i, row in enumerate(self.read(rows))]
 
     def accepts(self, image: Any) -> bool:
         return isinstance(image, np.ndarray) and image.shape == (self.width,)
