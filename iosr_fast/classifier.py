@@ -20,7 +20,6 @@ from iosr_fast.files.folder import FolderPredictions, predict_folder
 from iosr_fast.files.source import Source, check_files
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.suggest import FolderSuggestions, suggest_from_folder
-from iosr_fast.head.abstention import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.head.class_tree import Parents, read_parents
 from iosr_fast.head.descriptions import read_descriptions
 from iosr_fast.head.fit import warn_of_look_alikes
@@ -29,6 +28,7 @@ from iosr_fast.head.ids import example_id
 from iosr_fast.head.labelled_images import calibration_images, labelled_images, unknown_folder
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.head.verdict import UNKNOWN_LABEL, Abstention, check_abstention
 from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import TUNE_SECONDS, asked_config

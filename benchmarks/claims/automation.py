@@ -50,6 +50,7 @@ from iosr_fast.evaluation.features import TAU, open_sources
 from iosr_fast.evaluation.tasks import Task, TaskSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.few_shot_head import FewShotHead
+from iosr_fast.head.verdict import Abstention, judge
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.conformal import Judged, of_logits
 from iosr_fast.methods.support_set import make_support_set
@@ -268,8 +269,8 @@ def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -
     inner: Any = head.snapshot()
     score, singles = inner.unknown.score(queries), inner.unknown.scorer(queries).T
     kept = head.predict(rows_of(queries), "reject", keep=KEPT) != np.array(None)
-    logits = inner.score(queries)
-    accepted, at_5 = (inner.promised(logits, promised)[1] for promised in (0.02, 0.05))
+    abstentions = (Abstention(max_error=promised) for promised in (0.02, 0.05))
+    accepted, at_5 = (judge(inner, queries, abstention).accepted for abstention in abstentions)
     return {
         "auroc": auroc(score[~is_known], score[is_known]),
         "best": max(auroc(one[is_known], one[~is_known]) for one in singles),

@@ -145,7 +145,7 @@ def open_one_file(classifier: Classifier, pixels: np.ndarray) -> Call:
     otherwise than the classifier."""
     from iosr_fast.delivery.one_file import check_answers, one_file
     from iosr_fast.encoders.runtimes.graph import open_graph
-    from iosr_fast.head.abstention import NONE_WITHHELD
+    from iosr_fast.head.verdict import NONE_WITHHELD
 
     fit = classifier._fitted()
     model = one_file(fit, NONE_WITHHELD, "pixels")

@@ -98,7 +98,7 @@ def build_classifier(
     """Write a saved classifier's plan, and print what was checked."""
     from iosr_fast.delivery.one_plan import PLAN_KIND, plan_runtime, write_plan
     from iosr_fast.encoders.engine_folder import Target
-    from iosr_fast.head.abstention import Abstention
+    from iosr_fast.head.verdict import Abstention
     from iosr_fast.methods.unknown import KEEP
     from iosr_fast.store.bundle import load
 

@@ -72,7 +72,7 @@ def classify(
     that is one folder. With --ray the machines of a cluster need this package, the images and the classifier at the
     same paths, and one version of Ray.
     """
-    from iosr_fast.head.abstention import check_abstention
+    from iosr_fast.head.verdict import check_abstention
 
     if not reject_unknown and (unknown_label, keep) != (UNKNOWN_LABEL, KEEP):
         raise IosrFastError("expected --unknown-label and --keep only with --reject-unknown")

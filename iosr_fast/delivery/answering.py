@@ -10,21 +10,20 @@ import numpy as np
 
 from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import example_id
 from iosr_fast.head.predictions import Prediction, explained, predict_jointly
-from iosr_fast.head.verdict import Verdict, judge, node_labels, nodes_above
+from iosr_fast.head.verdict import NONE_WITHHELD, Abstention, judge, node_labels, nodes_above
 from iosr_fast.methods.automation import Automation, automation
 from iosr_fast.methods.checks import CheckedPromise, check
 from iosr_fast.methods.config import Evidence
-from iosr_fast.methods.conformal import COVERAGE, Reliability, check_share, sets_of_labels
+from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.unknown import KEEP, Unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.html import Html, element, overview
-from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.numbers import check_integer, check_share
 
 T = TypeVar("T")
 
@@ -72,11 +71,6 @@ class Answering:
     def _logits(self, fitted: FittedClassifier, X: Any) -> np.ndarray:
         blocks = (self._score(fitted, block) for block in self._queries(fitted, X))
         return np.concatenate([np.zeros((0, len(fitted.labels)), np.float32), *blocks])
-
-    def _judged(self, fitted: FittedClassifier, X: Any, abstention: Abstention) -> Iterator[tuple[Embeddings, Verdict]]:
-        head = fitted.head.require_single_label("a verdict")
-        for block in self._queries(fitted, X):
-            yield block, judge(head, block, abstention, self._score(fitted, block))
 
     def _repr_html_(self) -> Html:
         """What a notebook shows: the method, the accuracy and the classes; before a fit the parameters."""
@@ -128,8 +122,9 @@ class Answering:
         head = fitted.head.require_single_label("predict with unknown or max_error", "each class is judged by itself")
         nodes = node_labels(head, fitted.labels)
         abstention.check(head, nodes.tolist())
-        blocks = (verdict.named(nodes, abstention.label) for _, verdict in self._judged(fitted, X, abstention))
-        return np.concatenate([nodes[:0], *blocks])
+        blocks = self._queries(fitted, X)
+        verdicts = (judge(head, block, abstention, self._score(fitted, block)) for block in blocks)
+        return np.concatenate([nodes[:0], *(verdict.named(nodes, abstention.label) for verdict in verdicts)])
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
@@ -162,8 +157,11 @@ class Answering:
         fitted = self._fitted()
         head = fitted.head.require_single_label("explain", "predict_proba gives the probability of each class")
         abstention.check(head)
-        judged = self._judged(fitted, X, abstention)
-        return [one for block, verdict in judged for one in explained(head, block, verdict, top, nearest)]
+        predictions: list[Prediction] = []
+        for block in self._queries(fitted, X):
+            verdict = judge(head, block, abstention, self._score(fitted, block))
+            predictions += explained(head, block, verdict, top, nearest)
+        return predictions
 
     def predict_jointly(self, X: Any) -> JointPrediction:
         """Probabilities (B, C) float32 of pictures that are classified together (methods.joint), which gains most with

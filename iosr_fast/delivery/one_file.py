@@ -15,11 +15,10 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.one_file.graph import Answers, Source, check_engine_graph, make_graph
-from iosr_fast.head.abstention import Abstention
-from iosr_fast.head.verdict import judge
+from iosr_fast.head.verdict import Abstention, judge
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.methods.automation import automation, least_odds
+from iosr_fast.methods.automation import automation
 from iosr_fast.sealed.files import new_file
 from iosr_fast.sealed.outputs import check_new_file
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -48,7 +47,7 @@ def one_file(fit: FittedClassifier, abstention: Abstention, source: Source = "pi
     least = unknown = tree = promise = None
     threshold = np.inf
     if abstention.max_error is not None:
-        least, tree = least_odds(head.judged, abstention.max_error), head.tree if head.tree.inner else None
+        least, tree = head.least_odds(abstention.max_error), head.tree if head.tree.inner else None
         promise = automation(head.judged, notes=head.doubts)
     if abstention.keep is not None:
         unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)

@@ -16,7 +16,7 @@ from iosr_fast.encoders.engine_folder import EXTRAS, target, unavailable_reason
 from iosr_fast.encoders.runtimes.graph import graph_of_plan
 from iosr_fast.encoders.runtimes.tensorrt import build_plan
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
+from iosr_fast.head.verdict import NONE_WITHHELD, Abstention
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import write_manifest
 from iosr_fast.utils.numbers import check_integer

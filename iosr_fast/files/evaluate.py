@@ -16,9 +16,10 @@ from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, U
 from iosr_fast.head.verdict import judge, unknown_scores
 from iosr_fast.images.crop import path_of
 from iosr_fast.methods.automation import PROMISES, automation, least_odds
-from iosr_fast.methods.conformal import Judged, check_share, of_logits
+from iosr_fast.methods.conformal import Judged, of_logits
 from iosr_fast.methods.folds import unit_weights
 from iosr_fast.methods.judgement import PromiseResult, accuracy_at, judge_promises
+from iosr_fast.utils.numbers import check_share
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.ranking import auroc
 

@@ -13,10 +13,9 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
-from iosr_fast.head.verdict import Rejection, replaced
+from iosr_fast.head.verdict import NONE_WITHHELD, Abstention, Rejection, replaced
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.utils.result import Result

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id
 from iosr_fast.head.predictions import ClassScore, Prediction, predict_jointly
-from iosr_fast.head.verdict import Rejection, unknown_scores
+from iosr_fast.head.verdict import Abstention, Rejection, unknown_scores
 from iosr_fast.methods.joint import JointPrediction
 
 _NOT_EXPLAINED = (math.nan,) * 4  # logit, and the parts of it

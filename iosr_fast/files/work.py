@@ -23,10 +23,10 @@ from iosr_fast.files.embedding_files import KIND, Part, encode_part
 from iosr_fast.files.joint import classify_jointly
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.tables import PROMISE, TREE_PROMISE, CsvTable, ParquetTable, TableRow, row_of
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import Prediction, predict
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.head.verdict import NONE_WITHHELD, Abstention
 from iosr_fast.images.detector_files import OURS
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.bundle import Bundle, load

@@ -344,19 +344,8 @@ class Head:
         """How labelled images relate to the support set (calibration.compare_with_support)."""
         return compare_with_support(self.support, images, labels, groups, self.config.look_alikes)
 
-    def promised(
-        self, logits: np.ndarray, max_error: float, rejected: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of queries with these logits (B, C) the node of the label, and whether it is accepted by
-        automation.least_odds, each (B,): the finest node that is, or the class with the largest logit, as of a query
-        that is `rejected` (B,)."""
-        least: float | np.ndarray = self._least_odds(max_error)
-        if rejected is not None:
-            least = np.where(rejected, np.inf, least)
-        return self.tree.answer(self.calibrated(logits), least)
-
     @cached_property
-    def _least_odds(self) -> Callable[[float], float]:
+    def least_odds(self) -> Callable[[float], float]:
         """automation.least_odds by `max_error`, of the latest promises: every batch of queries asks."""
         return lru_cache(16)(partial(least_odds, self.judged))
 

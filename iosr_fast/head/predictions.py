@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.abstention import NONE_WITHHELD, Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
-from iosr_fast.head.verdict import Rejection, Verdict, judge
+from iosr_fast.head.verdict import NONE_WITHHELD, Abstention, Rejection, Verdict, judge
 from iosr_fast.methods import joint
 from iosr_fast.methods.links import largest
 from iosr_fast.methods.support_set import image_rows

@@ -144,9 +144,9 @@ def _counts(images: Judged, least: float) -> np.ndarray:
 
 def check_promise(left_out: Judged, max_error: float) -> None:
     """Raise IosrFastError where even V right labels are too few to promise `max_error`."""
-    if not _are_enough(left_out, max_error):
+    if left_out.count < (needed := images_needed_for(max_error)) - _FRACTION:
         raise IosrFastError(
-            f"a promise of at most {max_error:.4g} wrong labels needs at least {images_needed_for(max_error)} "
+            f"a promise of at most {max_error:.4g} wrong labels needs at least {needed} "
             f"{left_out.basis}, got {counted_as(len(left_out.labels), left_out.count)}: give more pictures of each "
             "class, at least two, or promise less"
         )
@@ -174,7 +174,7 @@ def least_odds(left_out: Judged, max_error: float) -> float:
     Source: fixed-sequence testing in Learn then Test (Angelopoulos et al., arXiv 2110.01052).
     """
     needed = images_needed_for(max_error)
-    if not _are_enough(left_out, max_error):
+    if left_out.count < needed - _FRACTION:
         return math.inf
     odds = left_out.odds
     tried = [_odds_of_counts(column, left_out.counted, 1) for column in odds.T[:-1]]
@@ -200,11 +200,6 @@ def _odds_of_counts(odds: np.ndarray, weights: np.ndarray, first: int) -> np.nda
     counts = np.unique(np.linspace(first, reaching[-1], _STEPS + 1).round())
     last = np.minimum(np.searchsorted(reaching, counts - _FRACTION), len(odds) - 1)
     return odds[order][last]
-
-
-def _are_enough(left_out: Judged, max_error: float) -> bool:
-    """Whether the images could promise `max_error` if all were right."""
-    return left_out.count >= images_needed_for(max_error) - _FRACTION
 
 
 def images_needed_for(max_error: float) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.automation import CONFIDENCE, binomial_cdf
-from iosr_fast.methods.conformal import Judged, check_share
+from iosr_fast.methods.conformal import Judged
+from iosr_fast.utils.numbers import check_share
 
 FALSE_ALARMS = 0.05  # at most, however often one looks
 _ODDS = np.array([1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])  # of a wrong label, over those that are promised

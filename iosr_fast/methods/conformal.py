@@ -239,10 +239,3 @@ def images_needed(share: float) -> int:
     (19, 9)
     """
     return math.ceil(1.0 / (1.0 - share) - 1e-9) - 1
-
-
-def check_share(name: str, share: float, like: float = 0.95) -> float:
-    """`share` as a float above 0 and below 1. Raises IosrFastError."""
-    if not (isinstance(share, int | float | np.floating) and 0.0 < share < 1.0):
-        raise IosrFastError(f"expected {name} above 0 and below 1, like {like}, got {share!r}")
-    return float(share)

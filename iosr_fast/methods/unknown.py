@@ -10,10 +10,11 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.conformal import CALIBRATION, LEFT_OUT, check_share, images_needed, threshold
+from iosr_fast.methods.conformal import CALIBRATION, LEFT_OUT, images_needed, threshold
 from iosr_fast.methods.folds import Folds, unit_weights
 from iosr_fast.methods.ood_scores import NEAREST_KEY, REGRESSION, TEXT_SCORES, OodScores, score_names
 from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.utils.numbers import check_share
 from iosr_fast.utils.ranking import auroc
 from iosr_fast.utils.short_repr import short_repr
 

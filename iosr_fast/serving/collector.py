@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.head import Head
 from iosr_fast.head.predictions import predict
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import CheckSample

@@ -31,6 +31,13 @@ def check_integer(name: str, value: Any, least: int, most: int = LARGEST) -> int
     return number
 
 
+def check_share(name: str, share: float, like: float = 0.95) -> float:
+    """`share` as a float above 0 and below 1. Raises IosrFastError."""
+    if not (isinstance(share, int | float | np.floating) and 0.0 < share < 1.0):
+        raise IosrFastError(f"expected {name} above 0 and below 1, like {like}, got {share!r}")
+    return float(share)
+
+
 def refuse_masked(name: str, array: Any) -> None:
     """Raise IosrFastError for an array with masked values, whose mask np.asarray would drop without a word."""
     if isinstance(array, np.ma.MaskedArray) and (masked := int(np.ma.count_masked(array))):

@@ -13,7 +13,7 @@ from iosr_fast.encoders.engine_folder import Target, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.graph import Graph, open_graph
 from iosr_fast.export import build
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.store.bundle import load
 from tests.cli.runs import done, refused

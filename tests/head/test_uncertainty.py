@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast import FewShotHead
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.head.verdict import Rejection
+from iosr_fast.head.verdict import Abstention, Rejection, judge
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.automation import automation
 from iosr_fast.methods.conformal import of_logits, sets_of_labels
@@ -57,11 +57,11 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
 def test_labels_that_need_a_look_are_withheld_by_a_promise(queries: Any, tmp_path: Path) -> None:
     images = queries[0]
     classifier = small_classifier(engine_folder(tmp_path / "engine"), **{**GDA, "shots": 10})
-    head, logits = classifier.snapshot(), classifier.decision_function(images)
+    head, rows = classifier.snapshot(), classifier.encoder.encode(images)
     curve = classifier.automation()
     assert curve.images == 10 * CLASSES and str(round(100 * curve.smallest, 1)) in str(curve)
     sure = classifier.predict_proba(images).max(1) >= curve.thresholds[curve.max_errors == 0.1] * (1 - 1e-6)
-    assert 0.2 < sure.mean() < 0.9 and (head.promised(logits, 0.1)[1] == sure).all()
+    assert 0.2 < sure.mean() < 0.9 and (judge(head, rows, Abstention(max_error=0.1)).accepted == sure).all()
     plain, answers = classifier.predict(images), classifier.predict(images, max_error=0.1)
     assert answers.tolist() == [name if one else None for name, one in zip(plain.tolist(), sure, strict=True)]
     assert [one.accepted for one in classifier.explain(images, max_error=0.1)] == sure.tolist()

@@ -11,12 +11,13 @@ import pytest
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.config import Config
-from iosr_fast.methods.conformal import Judged, check_share, images_needed, log_odds, of_logits, threshold
+from iosr_fast.methods.conformal import Judged, images_needed, log_odds, of_logits, threshold
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
+from iosr_fast.utils.numbers import check_share
 from tests.methods.support_sets import Clusters
 
 CLASSES = 12

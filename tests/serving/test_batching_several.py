@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.exceptions import IosrFastError, NotFittedError
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching import workers as batch_workers

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import Classifier, Embeddings, FewShotHead
+from iosr_fast.head.verdict import Abstention, judge
 from iosr_fast.store.head_files import fingerprint
 
 ARCHIVE = Path(__file__).with_name("saved_by_0_2.zip")
@@ -59,5 +60,6 @@ def test_a_log_of_before_leads_to_the_same_head(name: str, number: str, saved: P
     rows = Embeddings.of_rows(np.array(EXPECTED[name]["queries"]), head.examples.embeddings.adapted is not None)
     logits = head.score(rows)
     assert close(logits, expected["logits"]) and head.summary() == expected["summary"]
-    labels, accepted = head.promised(logits, 0.4)
-    assert (labels.tolist(), accepted.tolist()) == (expected["nodes"], expected["accepted"])
+    verdict = judge(head, rows, Abstention(max_error=0.4))
+    assert verdict.accepted is not None
+    assert (verdict.labels.tolist(), verdict.accepted.tolist()) == (expected["nodes"], expected["accepted"])

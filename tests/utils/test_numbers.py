@@ -10,7 +10,7 @@ import pytest
 
 from iosr_fast import Classifier, FewShotHead, IosrFastError
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.head.abstention import check_abstention
+from iosr_fast.head.verdict import check_abstention
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, to_pixels
 from iosr_fast.methods.suggest import suggest

@@ -18,7 +18,6 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.conformal import check_share
 from iosr_fast.serving.batching.classifiers import Classifiers, naming
 from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.batching.engine import Collect, Engine
@@ -26,7 +25,7 @@ from iosr_fast.serving.batching.item import Item, Observer, Query
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.workers import Workers
 from iosr_fast.utils.machine import usable_threads
-from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.numbers import check_integer, check_share
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.images.crop import Crop
 from iosr_fast.images.limits import Size, claimed_size, scans_factor, work_pixels
 from iosr_fast.images.preprocess import ENCODED
-from iosr_fast.methods.conformal import check_share
-from iosr_fast.utils.numbers import check_integer
+from iosr_fast.utils.numbers import check_integer, check_share
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.abstention import Abstention
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.sealed.files import open_regular
 from iosr_fast.sealed.manifest import MANIFEST
 from iosr_fast.serving.collector import Collector

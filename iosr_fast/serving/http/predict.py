@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastError
-from iosr_fast.head.abstention import Abstention
 from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
