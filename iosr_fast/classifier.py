@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,7 +11,7 @@ from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.delivery.fit import FitData, fit
 from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.delivery.one_file import write_one_file
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.engine_folder import EnginePrecision, Runtime, check_engine_choice
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
@@ -312,9 +312,6 @@ class Classifier(Answering, Changing, Estimator):
 
     def _fitted(self) -> FittedClassifier:
         return self._store.fitted()
-
-    def _queries(self, fitted: FittedClassifier, X: Any) -> Iterator[Embeddings]:
-        return fitted.queries(X)
 
     def classes(self) -> list[ClassInfo]:
         """The classes in their order, each with its id, the number of its examples and, in a tree, its path."""

@@ -52,9 +52,9 @@ class Answering:
     def _fitted(self) -> FittedClassifier:
         """What is fitted. Raises NotFittedError before a fit."""
 
-    @abstractmethod
     def _queries(self, fitted: FittedClassifier, X: Any) -> Iterator[Embeddings]:
         """The embeddings of X as `fitted` compares them, in blocks, each encoded when it is taken."""
+        return fitted.queries(X)
 
     def _score(self, fitted: FittedClassifier, block: Embeddings) -> np.ndarray:
         """Logits (B, C) float32 of a block."""

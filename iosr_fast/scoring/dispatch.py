@@ -43,10 +43,6 @@ class Backend:
     tensors: bool = True
     largest: int | None = None
 
-    def load(self) -> Callable[..., str]:
-        loaded: Callable[..., str] = importlib.import_module(self.module).affinity_sums
-        return loaded
-
     def takes(self, batch: int) -> bool:
         return self.largest is None or batch <= self.largest
 

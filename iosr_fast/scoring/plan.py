@@ -128,12 +128,12 @@ class ScoringPlan(PlanTerms):
         """D, the number of channels of an embedding."""
         return next(iter(self._widths().values()))
 
-    @property
+    @cached_property
     def reducer_shift(self) -> np.ndarray | None:
         """The reducer's shift (D,), None without one."""
         return None if self.reducer is None else self.reducer.shift
 
-    @property
+    @cached_property
     def reducer_projection(self) -> np.ndarray | None:
         """The reducer's projection, (D, D) or (D,), None without one."""
         return None if self.reducer is None else self.reducer.projection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def _run(plan: Any, embeddings: Embeddings, backend: Backend, add_product: Any) 
     logits, queries = lower(plan, embeddings, add_product)
     if queries is None or not len(queries):
         return logits, f"{backend.name}/no-keys"
-    return logits, backend.load()(plan, queries, logits)
+    return logits, import_module(backend.module).affinity_sums(plan, queries, logits)
 
 
 def _with_tensors(

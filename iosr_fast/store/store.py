@@ -67,7 +67,7 @@ class Store:
                 raise IosrFastError(
                     "the classifier was fitted again while images or texts were encoded: repeat the change"
                 )
-            before = current.head.require_single_label("a change", _REFIT)
+            before = current.head
             if self.log is not None and (recovered := self.log.settle(before)) is not before:
                 before = recovered
                 self.fit = current = replace(current, head=before)  # at once: this change may be refused
@@ -103,12 +103,11 @@ class Store:
 
         Raises IosrFastError where one is open, and what ChangeLog.open raises.
         """
-        self.changeable("open_log")
         with self.lock:
+            fit = self.changeable("open_log")
             if self.log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self.log.path}; close_log closes it")
-            fit = self.fitted()
-            log, head = ChangeLog.open(path, fit.head.require_single_label("open_log", _REFIT))
+            log, head = ChangeLog.open(path, fit.head)
             self.log = log
             self.fit = replace(fit, head=self._ready(head, fit.head))
 
