@@ -85,7 +85,7 @@ def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], 
         _refuse(asked.reason_against(known.counts(examples.class_ids), names=known.names))
     with bar("tune", None, shown=shown and scored and bool(len(examples))):
         others = known.sets, unknown_rows, paths, known.numbers
-        head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others).compiled()
+        head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others)
     fitted = FittedClassifier(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
     if not choose_engine:
         return fitted

@@ -11,6 +11,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.stream import Reader
+from iosr_fast.head.calibration import compare_with_support
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.quality import MISTAKES, Evaluation, Mistake, SetCoverage, UnknownResult
 from iosr_fast.head.verdict import judge, unknown_scores
@@ -86,7 +87,7 @@ def _measure(
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
     odds, log_loss, predicted, sizes, covered, *levels = np.concatenate(blocks, axis=1)
     level_odds, right = np.split(np.stack(levels, 1), 2, axis=1)
-    beside = head.compared_with_support(embeddings, labels)
+    beside = compare_with_support(head.support, embeddings, labels, None, head.config.look_alikes)
     weights = unit_weights(beside.units)
     outcome = Judged(odds, level_odds, right > 0, log_loss, labels, weights=weights)
     wrong = np.flatnonzero(~outcome.right[:, 0])

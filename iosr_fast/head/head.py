@@ -16,7 +16,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, as_numpy
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.calibration import Beside, Calibration, calibration_of, check_calibration, compare_with_support
+from iosr_fast.head.calibration import Calibration, calibration_of, check_calibration
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.ids import class_id, example_number, uid_of
 from iosr_fast.head.labels import class_ids, read_label_sets
@@ -339,10 +339,6 @@ class Head:
         assert new is not None
         check_calibration(len(new.labels), made.judged.count, new.left_out)
         return made
-
-    def compared_with_support(self, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None = None) -> Beside:
-        """How labelled images relate to the support set (calibration.compare_with_support)."""
-        return compare_with_support(self.support, images, labels, groups, self.config.look_alikes)
 
     @cached_property
     def least_odds(self) -> Callable[[float], float]:

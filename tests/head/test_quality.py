@@ -18,7 +18,6 @@ from iosr_fast import Classifier, IosrFastError
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.files import evaluate
 from iosr_fast.head.calibration import Beside
-from iosr_fast.head.head import Head
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.judgement import difference_of_shares, judge_promises
@@ -213,7 +212,7 @@ def test_pictures_of_a_burst_count_once_in_intervals_and_judgements(measured: An
 def test_siblings_of_support_images_are_counted_and_warned_of(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, images, names, _, plain = measured
     found = Beside(np.arange(60) < 3, np.arange(60) >= 20, np.arange(60) // 2)
-    monkeypatch.setattr(Head, "compared_with_support", lambda *_: found)
+    monkeypatch.setattr("iosr_fast.files.evaluate.compare_with_support", lambda *_: found)
     siblings = classifier.evaluate(images, names)
     assert (siblings.copies, siblings.siblings, siblings.count) == (3, 40, 30) and plain.siblings == 0
     assert siblings.warnings == found.warning and "40 of 60 labelled pictures are siblings" in siblings.summary()
