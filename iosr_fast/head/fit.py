@@ -14,7 +14,6 @@ from iosr_fast.exceptions import IosrFastError, LookAlikesWarning
 from iosr_fast.head.examples import Examples
 from iosr_fast.head.head import Head
 from iosr_fast.methods.config import Config
-from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.methods.tree import Path
 from iosr_fast.methods.tune import Tuning, tune
 
@@ -36,20 +35,17 @@ def fit_head(
     config is chosen as it is `asked` for (methods.tune.tune); `paths` as of Head, `numbers` (C) become its uids."""
     if label_sets is None:
         examples = examples.sorted_by_class()
-        support = examples.as_support(range(len(names)), text, tau)
-        if tuning != "none":
-            support.check_memory()
-        config, reducer, plan = tune(asked, support, tuning=tuning, seconds=seconds)
-        fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths, "uids": numbers}
-        if numbers is not None:
-            examples = replace(examples, class_ids=np.array(numbers)[examples.class_ids])
-        head = Head.first(names, text, tau, examples, config, reducer, **fields)
-        return head.with_computed(support=support, plan=plan)
-    examples = examples.labelled(label_sets[examples.class_ids], range(len(names)))
+    else:
+        examples = examples.labelled(label_sets[examples.class_ids], range(len(names)))
     support = examples.as_support(range(len(names)), text, tau)
-    config, link, plan = fit_multi_label(asked, support, tuning, seconds)
-    head = Head.first(names, text, tau, examples, config, thresholds=link.thresholds)
-    return head.with_computed(plan=plan)
+    if tuning != "none":
+        support.check_memory()
+    config, reducer, plan, link = tune(asked, support, tuning=tuning, seconds=seconds)
+    if numbers is not None:
+        examples = replace(examples, class_ids=np.array(numbers)[examples.class_ids])
+    fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths, "uids": numbers}
+    head = Head.first(names, text, tau, examples, config, reducer, thresholds=link.thresholds, **fields)
+    return head.with_computed(support=support, plan=plan)
 
 
 def warn_of_look_alikes(head: Head) -> None:

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.log_loss import PENALTY, Weights, fit_binary, fit_weights, sigmoid
+from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.ranking import mean_average_precision
-
-# How firmly the bias of a class is held at the common one, in images with and without the label. From the demo's
-# validation concepts, pasted two to an image: from 0.5 to 1e6 the log-loss of other images changes by less than 1%.
-SHRINKAGE = 4.0
-_PAIRS = 1 << 21  # of image and class that weights are fitted to; if there are more, every n-th image is used
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """A picture has one class, that with the largest logit.
+    """A picture has one class, that with the largest logit; there are no thresholds.
 
     >>> link = Softmax()
     >>> link.answers(np.array([[1.0, 3.0], [2.0, 0.0]]), np.array(["cat", "dog"]))
     array(['dog', 'cat'], dtype='<U3')
     """
 
-    @staticmethod
-    def fit(
-        parts: Sequence[np.ndarray],
-        labels: np.ndarray,
-        prior: np.ndarray | None = None,
-        strength: float = PENALTY,
-        offset: np.ndarray | None = None,
-    ) -> Weights:
-        """The weights of parts (V, C) on images with labels (V,), without a bias (log_loss.fit_weights)."""
-        weights, loss = fit_weights(parts, labels, prior, strength, offset=offset)
-        return Weights(weights, loss)
+    thresholds: ClassVar[None] = None
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """(B, C): softmax of the logits."""
@@ -82,15 +66,6 @@ class Sigmoid:
         and their mean, because left-out images of one class are few."""
         thresholds = f1_thresholds(sigmoid(logits))
         return cls((thresholds + thresholds.mean()) / 2)
-
-    @staticmethod
-    def fit(
-        parts: Sequence[np.ndarray], labels: np.ndarray, judged: np.ndarray, shrinkage: float = SHRINKAGE
-    ) -> Weights:
-        """The weights of parts (N, C) and the biases of classes, those of a mask (C,), on images with the indicator
-        (N, C) of labels (log_loss.fit_binary)."""
-        some = slice(None, None, -(-labels.size // _PAIRS))
-        return fit_binary([part[some] for part in parts], labels[some], judged, shrinkage)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """(B, C), of each class by itself: 1 / (1 + exp(-logit))."""

@@ -20,6 +20,10 @@ PENALTY = 0.01
 _LEAST = 1e-4
 # The largest logarithm of a temperature in units of the spread of the logits, and of its inverse.
 _WIDEST = math.log(1e4)
+# How firmly the bias of a class is held at the common one, in images with and without the label. From the demo's
+# validation concepts, pasted two to an image: from 0.5 to 1e6 the log-loss of other images changes by less than 1%.
+SHRINKAGE = 4.0
+_PAIRS = 1 << 21  # of image and class that `fit_binary` takes; if there are more, every n-th image is used
 # Elements of logits; if there are more, every n-th sample is used.
 _LARGEST = 1 << 18
 
@@ -200,7 +204,9 @@ def _sample(logits: np.ndarray) -> slice:
     return slice(None, None, max(1, -(-logits.size // _LARGEST)))
 
 
-def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray, shrinkage: float) -> Weights:
+def fit_binary(
+    parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray, shrinkage: float = SHRINKAGE
+) -> Weights:
     """The weights w >= 0 (K,) and biases (C,) of K parts (N, C) that minimise
 
         sum over images n and classes c of `used`: log(1 + exp(z[n, c])) - y[n, c] z[n, c]
@@ -212,8 +218,9 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
 
     Source: Platt scaling (1999) with partial pooling of the intercepts (Gelman & Hill, 2007, section 12.2).
     """
-    chosen = np.stack([np.asarray(part, np.float64)[:, used] for part in parts])
-    y = labels[:, used]
+    some = slice(None, None, -(-labels.size // _PAIRS))
+    chosen = np.stack([np.asarray(part[some], np.float64)[:, used] for part in parts])
+    y = labels[some][:, used]
     k = len(parts)
     # About 0: far from it the loss is flat, Newton's steps overshoot, and weights at 0 leave the bias where it is.
     centres = chosen.mean((1, 2), keepdims=True)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Mapping
 
 import numpy as np
 from msgspec.structs import replace
 
-from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.config import AUTO, Config, Evidence
-from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods.config import Config, Evidence
 from iosr_fast.methods.links import Sigmoid
+from iosr_fast.methods.log_loss import fit_binary
 from iosr_fast.methods.models.gaussian import CentredGaussianModel
 from iosr_fast.methods.models.model import TextModel
 from iosr_fast.methods.models.ridge import CentredRidgeModel
 from iosr_fast.methods.out_of_fold import HeldOut, Part
-from iosr_fast.methods.papers import DISCRIMINANTS, METHODS, Method
+from iosr_fast.methods.papers import DISCRIMINANTS
 from iosr_fast.methods.stack_weights import FEW_SHOT_SETTING, SETTINGS, Setting, Stack, affordable, on_each
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tune import TUNE_SECONDS, Tuning, is_searched
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.utils.ranking import mean_average_precision
 
@@ -31,10 +27,10 @@ _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 
 
 def fit_multi_label(
-    asked: Config, support: SupportSet, tuning: Tuning = None, seconds: float = TUNE_SECONDS
-) -> tuple[Config, Sigmoid, ScoringPlan]:
-    """The config that is best for images with any number of labels each, its link and its plan, as tune.tune; the
-    method is "auto", "stack", "stack++" or "zero-shot":
+    held_out: HeldOut, asked: Config, searched: bool, seconds: float
+) -> tuple[Config, ScoringPlan, Sigmoid]:
+    """The config that is best for left-out images with any number of labels each, its plan and its link; the method is
+    "stack", "stack++" or "zero-shot":
 
         logits[b, c] = w[0] tau <plain[b], text[c]> + w[1] sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c]
                      + sum of w[i] G[i](b, c) + bias[c]
@@ -42,40 +38,19 @@ def fit_multi_label(
 
     x and the keys are plain or adapted embeddings; the fit chooses. V is that of CentredRidgeModel, G are Gaussian
     discriminants of plain and adapted embeddings (CentredGaussianModel). The weights w >= 0 and the biases, shrunk to a
-    common one, minimise the log-loss of left-out images (links.Sigmoid.fit); beta and ridge are those with the least
-    log-loss, unless `asked` or `tuning` = "none" gives them. Images are left out by folds (folds.make_folds).
+    common one, minimise the log-loss of left-out images (log_loss.fit_binary). beta and ridge are those with the least
+    log-loss within a budget of `seconds`, or those of `asked` unless they are `searched`.
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.
     Probabilities hold for images of which as large a share has the label as of the support images.
 
-    Raises IosrFastError for fewer than two images or more than 8192, a class without images unless the method is
-    "zero-shot", and what the method needs and the images lack: texts, adapted embeddings.
-
     Sources: Platt scaling (1999); GDA and ProKeR as in methods.papers.
-
-    >>> from iosr_fast import Embeddings, score
-    >>> from iosr_fast.methods.support_set import make_support_set
-    >>> rng = np.random.default_rng(0)
-    >>> centres = rng.standard_normal((3, 32))
-    >>> def draw(n):  # each image shows some of three things
-    ...     labels = rng.random((n, 3)) < 0.4
-    ...     rows = labels @ centres + rng.standard_normal((n, 32))
-    ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
-    >>> config, link, plan = fit_multi_label(Config(method="auto"), make_support_set(*draw(40), text=None, tau=100.0))
-    >>> images, labels = draw(200)
-    >>> config.method, bool(mean_average_precision(labels, score(plan, images)) > 0.95)
-    ('stack', True)
     """
-    started, method = time.perf_counter(), asked.method
-    if method == AUTO:
-        method = "stack" if support.embeddings.adapted is None else "stack++"
-    if (reason := Config(method=method).unavailable_reason(support)) is not None:
-        raise IosrFastError(reason)
-    entry, setting = METHODS[method], None if is_searched(asked, tuning) else asked.parameters
-    held_out = HeldOut.of_support(support, folds := make_folds(support))
+    support, entry = held_out.support, asked.entry
+    assert held_out.folds is not None
     # Texts have seen no image, so that left-out images judge them for every class.
-    judged = folds.distinct > 1 if entry.needs_support else np.ones(support.n_classes, bool)
+    judged = held_out.folds.distinct > 1 if entry.needs_support else np.ones(support.n_classes, bool)
     parts = dict[str, Part]()
     if support.text is not None:
         parts["text"] = dataclasses.replace(held_out, folds=None).part(TextModel(support))
@@ -83,37 +58,33 @@ def fit_multi_label(
         if name in entry.parameters:
             parts[name] = held_out.part(CentredGaussianModel(support, which))
     stacks = []
-    for one in _settings(entry, support, setting, seconds, bool(judged.any())):
-        if one:
-            keys: Which = "adapted" if one["adapted_keys"] else "plain"
-            regression = CentredRidgeModel(support, keys, None, one["beta"], one["ridge"])
+    for setting in _settings(asked, support, searched, seconds, bool(judged.any())):
+        if setting:
+            keys: Which = "adapted" if setting["adapted_keys"] else "plain"
+            regression = CentredRidgeModel(support, keys, None, setting["beta"], setting["ridge"])
             parts["regression"] = held_out.part(regression)
-        stacks.append(_weighted(Stack(dict(parts), {}, one), held_out.labels, judged))
+        stacks.append(_weighted(Stack(dict(parts), {}, setting), held_out.labels, judged))
     best = min(stacks, key=lambda stack: stack.loss)
-    factor = 1.0 if entry.is_stack else best.full_weights["text"]
     evidence = Evidence(protocol="one-shot")
     if judged.any():
         precision = mean_average_precision(held_out.labels[:, judged], best.logits[:, judged])
         evidence = Evidence(protocol="loo", average_precision=precision, log_loss=best.loss, settings=len(stacks))
-    evidence = replace(evidence, seconds=time.perf_counter() - started)
-    chosen = best.config(entry)
-    config = replace(chosen, factor=factor, key_precision=asked.key_precision, evidence=evidence)
-    return config, Sigmoid.of(best.logits), config.with_keys(best.plan(support.n_classes))
+    factor = 1.0 if entry.is_stack else best.full_weights["text"]
+    config = replace(best.config(asked, evidence), factor=factor)
+    return config, best.plan(support.n_classes), Sigmoid.of(best.logits)
 
 
-def _settings(
-    entry: Method, support: SupportSet, setting: Mapping[str, float] | None, seconds: float, judged: bool
-) -> list[Setting]:
+def _settings(asked: Config, support: SupportSet, searched: bool, seconds: float, judged: bool) -> list[Setting]:
     """The settings of the regression to try: as many as the budget allows, and at least one; one where none is judged.
     The setting is empty for a method without regression."""
+    entry = asked.entry
     if not entry.is_stack:
         return [{}]
     if not judged:
         return on_each([FEW_SHOT_SETTING], [entry.which])
     embeddings: tuple[Which, ...] = ("adapted", "plain") if entry.needs_adapter else ("plain",)
-    if setting is not None:
-        values = {**entry.parameters, **setting}
-        return on_each([{name: values[name] for name in FEW_SHOT_SETTING}], embeddings)
+    if not searched:
+        return on_each([{name: asked.parameters[name] for name in FEW_SHOT_SETTING}], embeddings)
     settings = affordable(len(support.embeddings), support.n_classes, embeddings, seconds)
     return settings or on_each(SETTINGS[:1], embeddings)
 
@@ -122,7 +93,7 @@ def _weighted(stack: Stack, labels: np.ndarray, judged: np.ndarray) -> Stack:
     """The stack with the weights and biases of images with these labels (N, C)."""
     parts = stack.parts
     if judged.any():
-        fit = Sigmoid.fit([part.scaled for part in parts.values()], labels, judged)
+        fit = fit_binary([part.scaled for part in parts.values()], labels, judged)
         weights = dict(zip(parts, fit.weights.tolist(), strict=True))
         stack = dataclasses.replace(stack, weights=weights, bias=fit.bias, loss=fit.loss)
     else:
@@ -139,7 +110,7 @@ def _by_rule(stack: Stack, labels: np.ndarray) -> Stack:
     common = float(np.log(labelled / max(labels.size - labelled, 0.5)))  # 0.5: every image has every label
     loss = float("inf")
     if "text" in stack.parts:
-        fit = Sigmoid.fit([stack.parts["text"].scaled], labels, np.ones(labels.shape[1], bool), _FIRM)
+        fit = fit_binary([stack.parts["text"].scaled], labels, np.ones(labels.shape[1], bool), _FIRM)
         spread = float(fit.weights[0])
         common = fit.common
         loss = fit.loss

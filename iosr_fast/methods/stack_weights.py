@@ -1,7 +1,7 @@
 """The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, held by a prior.
 
 Every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images are exact
-(convex, `links.Softmax.fit`). They hold per unit of spread (`out_of_fold.Part`), because the spread of a part
+(convex, `log_loss.fit_weights`). They hold per unit of spread (`out_of_fold.Part`), because the spread of a part
 changes with the number of images.
 
 Classes of few images are judged badly: of one image there is none to leave out, and of two a fold leaves one, which
@@ -30,8 +30,7 @@ import msgspec
 import numpy as np
 
 from iosr_fast.methods.config import Config, Evidence
-from iosr_fast.methods.links import Softmax
-from iosr_fast.methods.log_loss import PENALTY, log_losses
+from iosr_fast.methods.log_loss import PENALTY, fit_weights, log_losses
 from iosr_fast.methods.models.model import TextModel, join_terms
 from iosr_fast.methods.out_of_fold import HeldOut, Part, spread_of_others
 from iosr_fast.methods.papers import DISCRIMINANTS, MAX_KEYS, METHODS, Method, stack_models
@@ -77,10 +76,6 @@ class Stack:
         """Without the discriminant of adapted embeddings."""
         return replace(self, parts={name: part for name, part in self.parts.items() if name != "discriminant_adapted"})
 
-    def parameters(self) -> dict[str, float]:
-        """The stack's parameters, without those of parts that are not used."""
-        return {**self.full_weights, **self.setting}
-
     @property
     def full_weights(self) -> dict[str, float]:
         """The weights of models of all support images."""
@@ -93,20 +88,20 @@ class Stack:
         terms = ((weights[name], part.model.fields()) for name, part in self.parts.items() if weights[name] > 0)
         return join_terms(n_classes, terms, **fields)
 
-    def config(self, method: Method, evidence: Evidence | None = None) -> Config:
-        """The config of `method`, or of the plain one where adapted embeddings have no part."""
+    def config(self, asked: Config, evidence: Evidence) -> Config:
+        """The config of the method that is `asked` for, or of the plain one where adapted embeddings have no part."""
         shares = self.shares
+        method = asked.entry
         notes = list[str]()
         if shares["text"] == 0 and "text" in self.parts:
             notes.append("texts add nothing: class names do not matter here")
         if method.needs_adapter and not shares["adapter"]:
             notes.append("adapted embeddings add nothing: the plain engine does")
             method = METHODS[method.name.removesuffix("++")]
-        values = self.parameters()
+        values = {**self.full_weights, **self.setting}
         parameters = {name: values.get(name, 0.0) for name in method.parameters}
-        if evidence is not None:
-            evidence = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
-        return Config(method=method.name, parameters=parameters, evidence=evidence)
+        evidence = msgspec.structs.replace(evidence, shares=shares, note="; ".join(notes))
+        return msgspec.structs.replace(asked, method=method.name, parameters=parameters, evidence=evidence)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -150,12 +145,12 @@ class WeightPrior:
             if not len(self.labels):
                 return replace(stack, weights=_named(stack.parts, weights))
             parts = [part.scaled[rows] for part in stack.parts.values()]
-            fit = Softmax.fit(parts, self.labels[rows], weights, self.strength, self.log_shares)
-            fitted.append(replace(stack, weights=_named(stack.parts, fit.weights), loss=fit.loss))
+            best, loss = fit_weights(parts, self.labels[rows], weights, self.strength, offset=self.log_shares)
+            fitted.append(replace(stack, weights=_named(stack.parts, best), loss=loss))
         return min(fitted, key=lambda stack: stack.loss)
 
 
-def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config, ScoringPlan]:
+def fit_stack(held_out: HeldOut, asked: Config, seconds: float) -> tuple[Config, ScoringPlan]:
     """The best stack within a budget of `seconds` on one core, and its plan; with "stack++" adapted embeddings may have
     a part.
 
@@ -163,6 +158,7 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config
     that the other half chooses.
     """
     support = held_out.support
+    method = asked.entry
     labels = held_out.labels
     few = few_share(held_out)
     embeddings: tuple[Which, ...] = ("adapted", "plain") if method.needs_adapter else ("plain",)
@@ -189,7 +185,7 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config
         right[half] = (objective.best(stacks, ~half).logits.argmax(1) == labels)[half]
     if not len(labels):
         evidence = Evidence(protocol="one-shot", settings=len(stacks))
-        return best.config(method, evidence), best.plan(support.n_classes)
+        return best.config(asked, evidence), best.plan(support.n_classes)
     best = _with_more_images(best, held_out, few)
     evidence = Evidence(
         accuracy=float(right.mean()),
@@ -198,7 +194,7 @@ def fit_stack(held_out: HeldOut, method: Method, seconds: float) -> tuple[Config
         log_loss=float(log_losses(best.logits, labels).mean()),
         settings=len(stacks),
     )
-    return best.config(method, evidence), best.plan(support.n_classes)
+    return best.config(asked, evidence), best.plan(support.n_classes)
 
 
 def few_share(held_out: HeldOut) -> float:
@@ -249,7 +245,7 @@ def one_shot_weights(support: SupportSet, embeddings: Sequence[Which], regress: 
         return {**weights, "regression": 1.3 - 1.02 * second}
     logits = TextModel(support).scores(support.as_queries)
     labels = support.labels
-    alone = float(Softmax.fit([logits / spread_of_others(logits, labels)], labels).weights[0])
+    alone = float(fit_weights([logits / spread_of_others(logits, labels)], labels)[0][0])
     accuracy = text_accuracy(support)
     texts = {"text": 0.55 * accuracy**0.5 * alone, "text_regression": 0.15 * accuracy * alone}
     return {**weights, **texts, "regression": 0.05}

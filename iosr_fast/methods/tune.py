@@ -16,8 +16,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.config import AUTO, Config, Evidence, Protocol
 from iosr_fast.methods.folds import make_folds
+from iosr_fast.methods.links import Link, Softmax
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
 from iosr_fast.methods.models.model import Term
+from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.methods.out_of_fold import HeldOut, spread_of_others
 from iosr_fast.methods.papers import Method
 from iosr_fast.methods.search import ParameterSearch
@@ -94,12 +96,14 @@ def tune(
     labels: np.ndarray | None = None,
     tuning: Tuning = None,
     seconds: float = TUNE_SECONDS,
-) -> tuple[Config, Reducer | None, ScoringPlan]:
-    """The config that is best for a support set, its fitted reducer and its plan.
+) -> tuple[Config, Reducer | None, ScoringPlan, Link]:
+    """The config that is best for a support set, its fitted reducer, its plan and its link.
 
     Without parameters in `asked` all are searched on a validation set (`queries`, `labels`), or without one by
     leave-one-out on the support set. Given ones stay, others take their defaults, and the factor alone is fitted
     (`calibrate`). `tuning` = "none" takes all as they are.
+
+    Images with any number of labels each: the weights are always fitted, by leave-one-out (multi_label).
 
     "auto" is the stack, on plain and, if there are any, on adapted embeddings; without support images "zero-shot" (a
     fit refuses it).
@@ -122,29 +126,31 @@ def tune(
     >>> rows = np.random.default_rng(0).normal(size=(16, 4)) + 4 * np.eye(2, 4)[labels]
     >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=2)
-    >>> config, reducer, plan = tune(Config(method="gda"), support)
+    >>> config, reducer, plan, _ = tune(Config(method="gda"), support)
     >>> config.evidence.protocol, config.evidence.scored, sorted(config.parameters), plan.linear.shape
     ('loo', 16, ['alpha'], (2, 4))
     """
-    started = time.perf_counter()
     if asked.method == AUTO:
         stack = "stack" if support.embeddings.adapted is None else "stack++"
         asked = replace(asked, method=stack if len(support.embeddings) else "zero-shot")
     complete = asked.complete
-    searched = is_searched(asked, tuning) and (len(support.embeddings) or queries is not None)
+    searched = is_searched(asked, tuning) and (len(support.embeddings) > 0 or queries is not None)
     config = asked if searched else complete
     if (reason := config.unavailable_reason(support)) is not None:
         raise IosrFastError(reason)
     reducer = config.fit_reducer(support)
-    if not searched:
+    if not searched and support.owners is None:
         if asked.parameters and tuning != "none":
             config = replace(config, factor=calibrate(config, support, reducer))
-        return config, reducer, config.compile(support, reducer)
+        return config, reducer, config.compile(support, reducer), Softmax()
+    started = time.perf_counter()
     held_out = _held_out(config.entry, support, queries, labels)
     plan: ScoringPlan | None = None
-    if config.entry.is_stack:
-        best, plan = fit_stack(held_out, config.entry, seconds)
-        config = replace(config, method=best.method, parameters=best.parameters, evidence=best.evidence)
+    link: Link = Softmax()
+    if support.owners is not None:
+        config, plan, link = fit_multi_label(held_out, config, searched, seconds)
+    elif config.entry.is_stack:
+        config, plan = fit_stack(held_out, config, seconds)
     elif not config.entry.needs_support:
         config = _scaled(config, held_out, "loo" if queries is None else "validation")
     elif len(held_out.labels):
@@ -157,14 +163,14 @@ def tune(
     _log.info("%s: %s", config.method, config.evidence.summary())
     plan = config.compile(support, reducer) if plan is None else config.with_keys(plan)
     evidence = replace(config.evidence, seconds=time.perf_counter() - started)
-    return replace(config, evidence=evidence), reducer, plan
+    return replace(config, evidence=evidence), reducer, plan, link
 
 
 def _held_out(method: Method, support: SupportSet, queries: Embeddings | None, labels: np.ndarray | None) -> HeldOut:
     """The images that choose. A method without support images has seen none of them: all are as new ones."""
     if queries is not None:
         return HeldOut.validation(support, queries, np.asarray(labels))
-    if not method.needs_support:
+    if not method.needs_support and support.owners is None:
         return HeldOut.validation(support, support.as_queries, support.labels)
     return HeldOut.of_support(support, make_folds(support))
 

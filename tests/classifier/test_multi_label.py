@@ -25,7 +25,7 @@ from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Config
-from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.methods.tune import tune
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
@@ -65,7 +65,7 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
     logits, probabilities = classifier.decision_function(images), classifier.predict_proba(images)
     np.testing.assert_allclose(logits, score(classifier.plan_, classifier.encoder.encode(images)), atol=1e-4)
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits.astype(np.float64))), atol=1e-6)
-    config, link, _ = fit_multi_label(Config(method=method), classifier.support_)
+    config, _, _, link = tune(Config(method=method), classifier.support_)
     assert classifier.tuned_.average_precision == config.evidence.average_precision
     answers = classifier.predict(images)
     assert answers.shape == (60,) and [set(one) for one in answers] == sets_of(probabilities >= link.thresholds)

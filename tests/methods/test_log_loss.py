@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from iosr_fast.methods.links import SHRINKAGE
 from iosr_fast.methods.log_loss import (
     MAX_ALPHA,
     PENALTY,
+    SHRINKAGE,
     fit_alpha,
     fit_binary,
     fit_factor,

@@ -16,8 +16,8 @@ from iosr_fast.methods.links import Sigmoid, f1_thresholds
 from iosr_fast.methods.log_loss import sigmoid
 from iosr_fast.methods.models.gaussian import CentredGaussianModel, Moments, fit_gaussians
 from iosr_fast.methods.models.ridge import CentredRidgeModel
-from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.ranking import mean_average_precision
@@ -88,10 +88,10 @@ def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
     support = drawn.only(np.arange(400) < 40)
     for lacking in ["zero-shot"] * (not text) + ["gda++"]:
         with pytest.raises(IosrFastError, match=r"no text embeddings|^gda\+\+ can't learn from several .*use 'auto'"):
-            fit_multi_label(Config(method=lacking), support)
+            tune(Config(method=lacking), support)
     if name == "zero-shot" and not text:
         return
-    config, link, plan = fit_multi_label(Config(method=name), support)
+    config, _, plan, link = tune(Config(method=name), support)
     logits, labels = score(plan, drawn.embeddings[40:]).astype(np.float64), drawn.indicator[40:]
     assert mean_average_precision(labels, logits) > 0.8
     assert abs(sigmoid(logits).mean() - labels.mean()) < 0.08
@@ -110,7 +110,7 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
     drawn = images_of(300, text=text, seed=4)
     labels = drawn.indicator
     rows = [np.flatnonzero(labels[:, c] & (labels.sum(1) == 1))[0] for c in range(5)]
-    config, _, plan = fit_multi_label(Config(method="auto"), drawn.only(np.isin(np.arange(300), rows)))
+    config, _, plan, _ = tune(Config(method="auto"), drawn.only(np.isin(np.arange(300), rows)))
     logits = score(plan, drawn.embeddings)
     assert config.evidence.protocol == "one-shot" and config.evidence.average_precision is None
     assert mean_average_precision(labels, logits) > 0.6
@@ -119,7 +119,7 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
 
 @pytest.mark.parametrize("name", ["stack", "stack++"])
 def test_a_setting_that_is_given_is_kept(name: str) -> None:
-    config, _, plan = fit_multi_label(Config(method=name, parameters={"beta": 2.5}), images_of())
+    config, _, plan, _ = tune(Config(method=name, parameters={"beta": 2.5}), images_of())
     given = METHODS[name].parameters
     assert plan.beta == config.parameters["beta"] == 2.5 and config.parameters["ridge"] == given["ridge"]
     assert config.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
@@ -137,7 +137,7 @@ def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.ran
     assert make_folds(alone).are_alone and not folds.are_alone
     assert (folds.fold[::2] == folds.fold[1::2]).all() and (folds.units[::2] == folds.units[1::2]).all()
     assert 30 <= len(np.unique(folds.units)) <= 40
-    losses = [fit_multi_label(Config(method="auto"), one)[0].evidence.log_loss for one in (alone, copies)]
+    losses = [tune(Config(method="auto"), one)[0].evidence.log_loss for one in (alone, copies)]
     assert losses[1] > 0.9 * losses[0], "random labels stay hard to tell"
 
 
@@ -151,10 +151,10 @@ def test_a_probability_at_its_threshold_counts() -> None:
 def test_copies_with_every_label_have_every_label() -> None:
     """Nothing can be left out, and no image is without a label."""
     rows = Embeddings(unit(np.ones((3, 24))))
-    _, link, plan = fit_multi_label(Config(method="auto"), make_support_set(rows, np.ones((3, 2), bool), None, 20.0))
+    _, _, plan, link = tune(Config(method="auto"), make_support_set(rows, np.ones((3, 2), bool), None, 20.0))
     assert link.members(score(plan, rows)).all()
 
 
 def test_one_image_is_too_few() -> None:
     with pytest.raises(IosrFastError, match="expected 2 to 8192 support images, got 1"):
-        fit_multi_label(Config(method="auto"), images_of(1))
+        tune(Config(method="auto"), images_of(1))

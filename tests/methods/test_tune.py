@@ -61,7 +61,7 @@ def test_the_log_loss_is_that_of_left_out_images_at_the_parameters_it_chose(meth
     if method != "auto" and METHODS[method].needs_text and not text:
         return
     asked = Config(method=method, reducer="none" if "stack" in method or method == "auto" else "centre")
-    tuned, reducer, _ = tune(asked, support)
+    tuned, reducer, *_ = tune(asked, support)
     entry, folds = tuned.entry, make_folds(support)
     found = out_of_fold(entry, support, folds, reducer, tuned.parameters, tuned.factor)
     assert tuned.evidence.protocol == "loo" and tuned.evidence.scored == len(folds.rows) == 17
@@ -103,7 +103,7 @@ def test_given_parameters_get_the_factor_that_lowers_the_log_loss(method: str, s
     before, after = (score(plan, queries) for plan in (asked.compile(support), tune(asked, support)[2]))
     best = min(log_loss(before * one, labels) for one in np.geomspace(1e-3, 1e3, 200))
     assert log_loss(after, labels) < min(max(1.35 * best, best + 0.15), log_loss(before, labels) + 0.02)
-    config, _, plan = tune(asked, support, tuning="none")
+    config, _, plan, _ = tune(asked, support, tuning="none")
     assert config == asked.complete and np.array_equal(score(plan, queries), before)
 
 
@@ -178,7 +178,7 @@ def test_weights_are_those_of_a_unit_of_spread() -> None:
     logits, queries = [], SMALL.queries(20)[0]
     for tau in (30.0, 300.0):
         support = SMALL.support([4] * 8, tau=tau)
-        config, _, plan = tune(Config(method="stack"), support)
+        config, _, plan, _ = tune(Config(method="stack"), support)
         left_out = out_of_fold(config.entry, support, make_folds(support), None, config.parameters)
         assert log_loss(left_out.logits, left_out.labels) == pytest.approx(config.evidence.log_loss, rel=1e-4)
         np.testing.assert_array_equal(score(plan, queries), score(config.compile(support), queries))
