@@ -7,6 +7,7 @@ many changes is replayed at the cost of one.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -57,13 +58,13 @@ class Change(Strict, frozen=True, kw_only=True, omit_defaults=True):
     classes: Natural | None = None
     images: Natural | None = None
 
+    @abstractmethod
     def apply(self, head: Head) -> Head:
         """The next version of the head, its plan not compiled yet.
 
         Raises ValueError for a change that does not fit the head: an unknown class or image, a name or node that is
         none or taken, embeddings of another form, fewer than two classes, a method that would lack what it needs.
         """
-        raise NotImplementedError
 
     def encode(self, made: Head) -> bytes:
         """The record of the change that makes this head."""

@@ -148,6 +148,12 @@ def test_wrong_fits_are_refused_before_a_clip_is_opened(
     monkeypatch.setattr(Classifier, "_open", lambda _: pytest.fail("a CLIP was opened"))
     with pytest.raises(IosrFastError, match=message):
         unfitted(**parameters).fit(IMAGES, labels)
+    with pytest.raises(IosrFastError, match="take no unknown_images"):
+        unfitted().fit(IMAGES, sets_of(LABELS), unknown_images=IMAGES[:3])
+
+
+def test_a_setting_of_look_alikes_stays() -> None:
+    assert not fitted(look_alikes=False).snapshot().config.look_alikes
 
 
 def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

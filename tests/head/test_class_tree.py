@@ -72,7 +72,9 @@ def test_what_is_no_tree_is_refused(tree: Any, message: str) -> None:
         unfitted(method="zero-shot").fit(class_names=CLASSES, tree=tree)
 
 
-def test_what_can_have_no_tree_is_refused() -> None:
+def test_what_can_have_no_tree_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a tree of nested folders .* or of tree .*, got both"):
+        unfitted().fit_folder(tmp_path, nested=True, tree=TREE)
     with pytest.raises(ValueError, match="several labels a picture take no tree"):
         unfitted().fit(IMAGES[0][:2], [{"pug"}, {"fern"}], CLASSES, tree=TREE)
     with pytest.raises(ValueError, match="expected a node at one place, got 'cat' below the root and animal"):
