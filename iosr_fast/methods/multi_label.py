@@ -46,6 +46,20 @@ def fit_multi_label(
     Probabilities hold for images of which as large a share has the label as of the support images.
 
     Sources: Platt scaling (1999); GDA and ProKeR as in methods.papers.
+
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.tune import tune
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> rng = np.random.default_rng(0)
+    >>> centres = rng.standard_normal((3, 32))
+    >>> def draw(n):  # each image shows some of three things
+    ...     labels = rng.random((n, 3)) < 0.4
+    ...     rows = labels @ centres + rng.standard_normal((n, 32))
+    ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
+    >>> config, _, plan, link = tune(Config(method="auto"), make_support_set(*draw(40), text=None, tau=100.0))
+    >>> images, labels = draw(200)
+    >>> config.method, bool(mean_average_precision(labels, score(plan, images)) > 0.95)
+    ('stack', True)
     """
     support, entry = held_out.support, asked.entry
     assert held_out.folds is not None
