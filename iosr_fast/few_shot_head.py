@@ -253,7 +253,7 @@ class FewShotHead(Answering, ClassifierMixin, BaseEstimator):
         over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
         fitted = self._fitted()
         logits = self._logits(fitted, X)
-        if fitted.head.thresholds is None:
+        if not fitted.head.is_multi_label:
             return float(accuracy_score(y, self._labels(fitted, logits), sample_weight=sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")

@@ -108,7 +108,7 @@ def predict_folder(
 
 def _columns_of(head: Head, answers: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
     """The labels and probabilities (B,) of a FolderPredictions."""
-    if head.thresholds is None:
+    if not head.is_multi_label:
         labels, shares = zip(*(one.answer for one in answers), strict=True) if answers else ((), ())
         return np.array(labels, str), np.array(shares, np.float32)
     sets, probabilities = np.empty(len(answers), object), np.empty(len(answers), object)

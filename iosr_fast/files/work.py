@@ -136,7 +136,7 @@ class Classify:
         if self.abstention.max_error is not None:
             promise = PROMISE if self.head.paths is None else TREE_PROMISE
         if self.form == "csv":
-            classes, multi_label = len(self.head.class_names), self.head.thresholds is not None
+            classes, multi_label = len(self.head.class_names), self.head.is_multi_label
             return CsvTable(min(self.top, classes), label, multi_label, promise)
         return ParquetTable(label, promise)
 

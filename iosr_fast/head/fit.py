@@ -40,12 +40,13 @@ def fit_head(
     support = examples.as_support(range(len(names)), text, tau)
     if tuning != "none":
         support.check_memory()
-    config, reducer, plan, link = tune(asked, support, tuning=tuning, seconds=seconds)
+    config, reducer, plan = tune(asked, support, tuning=tuning, seconds=seconds)
     if numbers is not None:
         examples = replace(examples, class_ids=np.array(numbers)[examples.class_ids])
     fields: dict[str, Any] = {"unknown_images": unknown_images, "paths": paths, "uids": numbers}
-    head = Head.first(names, text, tau, examples, config, reducer, thresholds=link.thresholds, **fields)
-    return head.with_computed(support=support, plan=plan)
+    head = Head.first(names, text, tau, examples, config, reducer, **fields)
+    # Where pictures may have several labels, the head fits scale and biases, as it does after each change.
+    return head.with_computed(support=support, plan=plan if label_sets is None else None)
 
 
 def warn_of_look_alikes(head: Head) -> None:

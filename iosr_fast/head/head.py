@@ -25,7 +25,7 @@ from iosr_fast.methods.checks import strange_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
 from iosr_fast.methods.conformal import CALIBRATION, Judged, of_logits
 from iosr_fast.methods.folds import Folds, NearSupport, make_folds, unit_weights
-from iosr_fast.methods.links import Link, Sigmoid, Softmax
+from iosr_fast.methods.links import Link, Platt, Sigmoid, Softmax
 from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
 from iosr_fast.methods.models.gaussian import GaussianModel
@@ -74,9 +74,6 @@ class Head:
     unknown_images     embeddings of pictures of none of the classes, by which these are recognised, or None
     calibration_images  labelled images, no support images, on which promises rest instead of left-out ones, or None
     paths              of each class the names of the nodes above it in a tree (tree.Tree); None without a tree
-    thresholds         where pictures may have several labels, of each class the probability from which a picture has
-                       it, (C,) float32; else None. Such a head takes no changes and promises nothing yet
-                       (`require_single_label`), and its plan is given.
     """
 
     class_names: tuple[str, ...]
@@ -92,7 +89,6 @@ class Head:
     unknown_images: Embeddings | None = None
     calibration_images: Examples | None = None
     paths: tuple[Path, ...] | None = None
-    thresholds: np.ndarray | None = None
     __repr__ = short_repr
 
     @classmethod
@@ -112,15 +108,29 @@ class Head:
         following = uids[-1] + 1, int(examples.ids.max(initial=-1)) + 1
         return cls(tuple(class_names), uids, text, tau, examples, config, reducer, 1, *following, **fields)
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether pictures may have several labels, or none."""
+        return self.examples.owners is not None
+
     @cached_property
     def link(self) -> Link:
-        """How logits become answers."""
-        return Softmax() if self.thresholds is None else Sigmoid(self.thresholds)
+        """How logits become answers; given where it was stored (`with_computed`)."""
+        return Sigmoid.of(self.out_of_fold.logits) if self.is_multi_label else Softmax()
+
+    @property
+    def thresholds(self) -> np.ndarray | None:
+        """Where pictures may have several labels, of each class the probability from which a picture has it, (C,)."""
+        return self.link.thresholds if isinstance(self.link, Sigmoid) else None
 
     @cached_property
     def plan(self) -> ScoringPlan:
-        """The method, compiled for the support images; given where it was stored (`with_computed`)."""
-        return self.config.compile(self.support, self.reducer)
+        """The method, compiled for the support images; given where it was stored (`with_computed`). Where pictures may
+        have several labels it has the scale and the biases of left-out images."""
+        plan = self.config.compile(self.support, self.reducer)
+        if not self.is_multi_label:
+            return plan
+        return self.platt.applied_to(plan)
 
     @cached_property
     def support(self) -> SupportSet:
@@ -139,7 +149,7 @@ class Head:
 
     def require_single_label(self, call: str, instead: str = "fit with one label for each picture") -> Self:
         """The head itself. Raises IosrFastError where pictures may have several labels: `call` has no answer yet."""
-        if self.thresholds is not None:
+        if self.is_multi_label:
             raise IosrFastError(
                 f"{call} is for one label a picture, and this classifier was fitted with several: {instead}"
             )
@@ -233,7 +243,7 @@ class Head:
     def with_promises(self, before: Head | None = None) -> Self:
         """The same head, after computing its plan and all that `max_error` rests on; what `keep` rests on, which takes
         ten times as long, if the version `before` has it, as somebody asks for it."""
-        if self.thresholds is not None:
+        if self.is_multi_label:
             return self.compiled()
         self.doubts  # noqa: B018  # by the left-out labels
         self.strange_odds  # noqa: B018
@@ -249,13 +259,13 @@ class Head:
     @cached_property
     def look_alikes(self) -> LookAlikes | None:
         """Which support images look alike; None where they count as drawn independently."""
-        return find_look_alikes(self.support) if self.config.look_alikes else None
+        return find_look_alikes(self.support) if self.config.look_alikes and not self.is_multi_label else None
 
     @property
     def look_alike_warning(self) -> tuple[str, ...]:
         """What is wrong where the images on which promises rest are too much like the support's, and what to do; none
         where they are not. Left-out images are so in bursts; of images of calibrate_on that are so, both is said."""
-        if self.thresholds is not None:
+        if self.is_multi_label:
             return ()
         siblings = () if self.calibration is None else self.calibration.beside.warning
         alike = self.look_alikes if siblings or self.calibration is None else None
@@ -274,9 +284,22 @@ class Head:
     @cached_property
     def out_of_fold(self) -> OutOfFold:
         """The logits of support images that are left out, from which the rest follows."""
+        found = self._before_platt
+        if not self.is_multi_label:
+            return found
+        return replace(found, logits=self.platt.logits(found.logits).astype(np.float32))
+
+    @cached_property
+    def _before_platt(self) -> OutOfFold:
         config = self.config
         chosen = self.reducer, config.parameters, config.factor
         return out_of_fold(config.entry, self.support, self.folds, *chosen)
+
+    @cached_property
+    def platt(self) -> Platt:
+        """Where pictures may have several labels, what makes probabilities of the logits: fitted to left-out images
+        anew with every change, as a temperature is, while the weights of the config stay."""
+        return Platt.fit(self._before_platt.logits, self._before_platt.labels, self.folds.distinct > 1)
 
     @cached_property
     def judged(self) -> Judged:
@@ -300,7 +323,7 @@ class Head:
         search of weights leaves them in, finds a fit of bursts right everywhere, and would be far too sure. It changes
         no label.
         """
-        if self.thresholds is not None:
+        if self.is_multi_label:
             return 1.0  # its fit calibrates
         new = self.calibration
         if new is None:
@@ -380,7 +403,7 @@ class Head:
     def summary(self) -> str:
         """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
         search of parameters noted; the size of the tree."""
-        if self.thresholds is not None:
+        if self.is_multi_label:
             return "several labels a picture: biases and thresholds by leave-one-out"
         known, evidence = self.judged, self.evidence
         if known.count:
@@ -449,7 +472,7 @@ class Head:
     def read_labels(self, images: Sequence[Any], labels: Any, integers: bool) -> np.ndarray:
         """Each image's class by its position, (N,) int64 (labels.class_ids), where integer labels are uids if
         `integers`; where pictures may have several, an indicator (N, C) bool (labels.read_label_sets)."""
-        if self.thresholds is not None:
+        if self.is_multi_label:
             return read_label_sets(labels, len(images), self.class_names)[1]
         return class_ids(images, labels, self.class_names, self.uids if integers else None)
 

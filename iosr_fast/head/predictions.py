@@ -190,7 +190,7 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
         read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
     if "adapted" not in read:
         return np.zeros_like(cache)
-    if head.thresholds is not None:
+    if head.is_multi_label:
         return np.full_like(cache, np.nan)  # where pictures may have several labels nothing is explained yet
     if read == {"adapted"} or plan.linear is None:
         return cache

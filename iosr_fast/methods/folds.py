@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.look_alikes import find_look_alikes
-from iosr_fast.methods.support_set import SupportSet, blocks, image_rows, make_support_set
+from iosr_fast.methods.support_set import SupportSet, blocks, image_rows
 
 MAX_FOLDS = 16
 # A tenth of the usual distance. Of Caltech-101 and Flowers at 16 images a class, in CLIP ViT-B/32, under 1% are closer.
@@ -133,16 +132,7 @@ def _fold_label_sets(support: SupportSet) -> Folds:
     last one."""
     images, n_classes = np.arange(len(support.embeddings)), support.n_classes
     owners, classes = support.of_labels(images), support.labels
-    without = np.setdiff1d(images, owners)
-    rows = np.append(owners, without)
-    pairs = make_support_set(
-        Embeddings(support.embeddings.plain[rows]),
-        np.append(classes, np.full(len(without), n_classes)),
-        text=None,
-        tau=support.tau,
-        n_classes=n_classes + 1,
-        groups=rows if support.groups is None else support.groups[rows],
-    )
+    pairs, rows = support.pairs()
     alike = find_look_alikes(pairs)
     units = np.empty(len(images), np.int64)
     units[rows] = join_units(pairs, alike.groups if alike.many else None)

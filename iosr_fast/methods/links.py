@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.log_loss import sigmoid
+from iosr_fast.methods.log_loss import fit_binary, sigmoid
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.ranking import mean_average_precision
+
+_LEAST = 1e-4  # of a scale that a plan can have
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,41 @@ class Sigmoid:
     def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
         """The mean average precision over the classes that a query has; `truth` (B, C) bool."""
         return mean_average_precision(truth, logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Platt:
+    """scale * logits + bias (C,): logits of each class by itself, whose sigmoid has its probability (Platt, 1999).
+
+    >>> Platt(2.0, np.array([0.0, 1.0])).logits(np.array([[1.0, 1.0]]))
+    array([[2., 3.]])
+    """
+
+    scale: float
+    bias: np.ndarray
+
+    @classmethod
+    def fit(cls, logits: np.ndarray, labels: np.ndarray, judged: np.ndarray) -> Platt:
+        """Of left-out logits (N, C) with the indicator (N, C) of labels, by the `judged` classes (C,), whose biases are
+        held at a common one as by log_loss.fit_binary. Without any the odds at the mean logit are those of a label."""
+        logits = logits.astype(np.float64)
+        if judged.any():
+            fitted = fit_binary([logits], labels, judged)
+            assert fitted.bias is not None
+            return cls(max(float(fitted.weights[0]), _LEAST), fitted.bias)
+        labelled = int(labels.sum())
+        odds = math.log(labelled / max(labels.size - labelled, 0.5))
+        return cls(1.0, np.full(labels.shape[1], odds - float(logits.mean())))
+
+    def logits(self, logits: np.ndarray) -> np.ndarray:
+        """(B, C) float64."""
+        return self.scale * logits.astype(np.float64) + self.bias
+
+    def applied_to(self, plan: ScoringPlan) -> ScoringPlan:
+        """The plan that has these logits."""
+        scaled = plan.scaled(self.scale)
+        before = 0.0 if scaled.bias is None else scaled.bias
+        return replace(scaled, bias=(before + self.bias).astype(np.float32))
 
 
 Link: TypeAlias = Softmax | Sigmoid

@@ -8,7 +8,6 @@ import numpy as np
 from msgspec.structs import replace
 
 from iosr_fast.methods.config import Config, Evidence
-from iosr_fast.methods.links import Sigmoid
 from iosr_fast.methods.log_loss import fit_binary
 from iosr_fast.methods.models.gaussian import CentredGaussianModel
 from iosr_fast.methods.models.model import TextModel
@@ -26,11 +25,9 @@ _FIRM = 1e6  # a shrinkage that leaves only the common bias
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 
 
-def fit_multi_label(
-    held_out: HeldOut, asked: Config, searched: bool, seconds: float
-) -> tuple[Config, ScoringPlan, Sigmoid]:
-    """The config that is best for left-out images with any number of labels each, its plan and its link; the method is
-    "stack", "stack++" or "zero-shot":
+def fit_multi_label(held_out: HeldOut, asked: Config, searched: bool, seconds: float) -> tuple[Config, ScoringPlan]:
+    """The config that is best for left-out images with any number of labels each, and its plan; the method is "stack",
+    "stack++" or "zero-shot":
 
         logits[b, c] = w[0] tau <plain[b], text[c]> + w[1] sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c]
                      + sum of w[i] G[i](b, c) + bias[c]
@@ -56,7 +53,7 @@ def fit_multi_label(
     ...     labels = rng.random((n, 3)) < 0.4
     ...     rows = labels @ centres + rng.standard_normal((n, 32))
     ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
-    >>> config, _, plan, link = tune(Config(method="auto"), make_support_set(*draw(40), text=None, tau=100.0))
+    >>> config, _, plan = tune(Config(method="auto"), make_support_set(*draw(40), text=None, tau=100.0))
     >>> images, labels = draw(200)
     >>> config.method, bool(mean_average_precision(labels, score(plan, images)) > 0.95)
     ('stack', True)
@@ -85,7 +82,7 @@ def fit_multi_label(
         evidence = Evidence(protocol="loo", average_precision=precision, log_loss=best.loss, settings=len(stacks))
     factor = 1.0 if entry.is_stack else best.full_weights["text"]
     config = replace(best.config(asked, evidence), factor=factor)
-    return config, best.plan(support.n_classes), Sigmoid.of(best.logits)
+    return config, best.plan(support.n_classes)
 
 
 def _settings(asked: Config, support: SupportSet, searched: bool, seconds: float, judged: bool) -> list[Setting]:

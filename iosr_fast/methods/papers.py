@@ -14,10 +14,10 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.log_loss import MAX_ALPHA
-from iosr_fast.methods.models.gaussian import GaussianModel
+from iosr_fast.methods.models.gaussian import CentredGaussianModel, GaussianModel
 from iosr_fast.methods.models.keys import DivergenceModel, KeyModel, RefinedKeyModel
 from iosr_fast.methods.models.model import Model, Term, TextModel, join_terms
-from iosr_fast.methods.models.ridge import RidgeModel
+from iosr_fast.methods.models.ridge import CentredRidgeModel, RidgeModel
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -153,6 +153,8 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
     Sources: GDA (Wang et al., ICLR 2024), with texts as TIMO takes them (Li et al., AAAI 2025), and ProKeR (Bendou et
     al., CVPR 2025); the sum is stacked generalisation (Wolpert, 1992; Breiman, 1996).
     """
+    if support.owners is not None:
+        return _label_set_models(support, parameters)
     has_text = support.text is not None
     copies = parameters.get("text_images", 0.0)
     models: dict[str, Model] = {"text": TextModel(support)} if has_text else {}
@@ -168,6 +170,16 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
     if has_text:
         models["text_regression"] = replace(regression, label_weight=0.0, text_weight=1.0, system=system)
     return models
+
+
+def _label_set_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[str, Model]:
+    """Of images with any number of labels, in which each class is told from its absence."""
+    models: dict[str, Model] = {} if support.text is None else {"text": TextModel(support)}
+    for which, name in DISCRIMINANTS.items():
+        if which == "plain" or support.embeddings.adapted is not None:
+            models[name] = CentredGaussianModel(support, which)
+    keys: Which = "adapted" if parameters.get("adapted_keys") else "plain"
+    return models | {"regression": CentredRidgeModel(support, keys, None, parameters["beta"], parameters["ridge"])}
 
 
 def _stack(support: SupportSet, _: Which, __: Reducer | None, parameters: Mapping[str, float]) -> list[Term]:

@@ -79,6 +79,17 @@ class SupportSet:
         """The rows (M, ...) of the images that the labels are of, of rows (N, ...) of images."""
         return rows if self.owners is None else rows[self.owners]
 
+    def pairs(self) -> tuple[SupportSet, np.ndarray]:
+        """A support set of plain embeddings with an image for each label, and one of a last class, "no label", for each
+        image without any; and which image each of them is. Images of a class are compared by it."""
+        images = np.arange(len(self.embeddings))
+        owners = self.of_labels(images)
+        without = np.setdiff1d(images, owners)
+        rows, classes = np.append(owners, without), np.append(self.labels, np.full(len(without), self.n_classes))
+        groups = rows if self.groups is None else self.groups[rows]
+        plain = Embeddings(self.embeddings.plain[rows])
+        return make_support_set(plain, classes, None, self.tau, self.n_classes + 1, groups=groups), rows
+
     def check_memory(self) -> None:
         """Raise IosrFastError where (N, C) numbers, as the logits of all images are, take more memory than there is."""
         images, needed = len(self.embeddings), 8 * len(self.embeddings) * self.n_classes

@@ -16,7 +16,6 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.config import AUTO, Config, Evidence, Protocol
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.links import Link, Softmax
 from iosr_fast.methods.log_loss import MAX_ALPHA, fit_factor, spread
 from iosr_fast.methods.models.model import Term
 from iosr_fast.methods.multi_label import fit_multi_label
@@ -96,8 +95,8 @@ def tune(
     labels: np.ndarray | None = None,
     tuning: Tuning = None,
     seconds: float = TUNE_SECONDS,
-) -> tuple[Config, Reducer | None, ScoringPlan, Link]:
-    """The config that is best for a support set, its fitted reducer, its plan and its link.
+) -> tuple[Config, Reducer | None, ScoringPlan]:
+    """The config that is best for a support set, its fitted reducer and its plan.
 
     Without parameters in `asked` all are searched on a validation set (`queries`, `labels`), or without one by
     leave-one-out on the support set. Given ones stay, others take their defaults, and the factor alone is fitted
@@ -126,7 +125,7 @@ def tune(
     >>> rows = np.random.default_rng(0).normal(size=(16, 4)) + 4 * np.eye(2, 4)[labels]
     >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=2)
-    >>> config, reducer, plan, _ = tune(Config(method="gda"), support)
+    >>> config, reducer, plan = tune(Config(method="gda"), support)
     >>> config.evidence.protocol, config.evidence.scored, sorted(config.parameters), plan.linear.shape
     ('loo', 16, ['alpha'], (2, 4))
     """
@@ -142,13 +141,12 @@ def tune(
     if not searched and support.owners is None:
         if asked.parameters and tuning != "none":
             config = replace(config, factor=calibrate(config, support, reducer))
-        return config, reducer, config.compile(support, reducer), Softmax()
+        return config, reducer, config.compile(support, reducer)
     started = time.perf_counter()
     held_out = _held_out(config.entry, support, queries, labels)
     plan: ScoringPlan | None = None
-    link: Link = Softmax()
     if support.owners is not None:
-        config, plan, link = fit_multi_label(held_out, config, searched, seconds)
+        config, plan = fit_multi_label(held_out, config, searched, seconds)
     elif config.entry.is_stack:
         config, plan = fit_stack(held_out, config, seconds)
     elif not config.entry.needs_support:
@@ -163,7 +161,7 @@ def tune(
     _log.info("%s: %s", config.method, config.evidence.summary())
     plan = config.compile(support, reducer) if plan is None else config.with_keys(plan)
     evidence = replace(config.evidence, seconds=time.perf_counter() - started)
-    return replace(config, evidence=evidence), reducer, plan, link
+    return replace(config, evidence=evidence), reducer, plan
 
 
 def _held_out(method: Method, support: SupportSet, queries: Embeddings | None, labels: np.ndarray | None) -> HeldOut:

@@ -75,7 +75,7 @@ TABLE: dict[str, dict[str, Array]] = {
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
         "labels": Array("labels", "uint8", "N C", limits=("0", "1")),
-        "thresholds": Array("head.thresholds", "float32", "C", limits=("0", "1")),
+        "thresholds": Array("thresholds", "float32", "C", limits=("0", "1")),
     },
     # ScoringPlan checks the norms of keys and the channels of a linear term.
     PLAN: {

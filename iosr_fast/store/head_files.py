@@ -21,6 +21,7 @@ from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.names import check_separable
 from iosr_fast.methods import METHODS, conformal
 from iosr_fast.methods.folds import Folds
+from iosr_fast.methods.links import Sigmoid
 from iosr_fast.methods.ood_scores import score_names
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.unknown import Unknown, count_unscored
@@ -59,7 +60,7 @@ def head_to_files(head: Head) -> tuple[dict[str, Any], dict[str, Arrays]]:
     what has been used.
     """
     plan, examples = head.plan, head.examples
-    if head.thresholds is None:
+    if not head.is_multi_label:
         head.folds, head.temperature  # noqa: B018
     computed = {name: head.computed(name) for name in ("folds", "temperature", "unknown", "out_of_fold")}
     pictures = _packed(examples.pictures)
@@ -124,14 +125,15 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(of_plan)}")
     above = tuple(map(tuple, facts.paths)) if facts.paths is not None and any(facts.paths) else None
     fitted = examples, facts.config, reducer, facts.version, *facts.next
-    others = of_head.get("unknown_images"), calibration, above, of_head.get("thresholds")
+    others = of_head.get("unknown_images"), calibration, above
     head = Head(names, uids, of_head.get("text"), facts.tau, *fitted, *others)
+    link = Sigmoid(parts["thresholds"]) if head.is_multi_label else None
     with naming(SUPPORT):
         if (reason := facts.unavailable_reason(head.support)) is not None:
             raise IosrFastError(reason)
     with naming(PLAN):
         plan = _plan(facts.plan, planned.get("plan", {}), head)
-    return head.with_computed(plan=plan, **_evidence(head, read))
+    return head.with_computed(plan=plan, link=link, **_evidence(head, read))
 
 
 def write_head(head: Head, folder: Path) -> dict[str, Any]:
@@ -198,7 +200,8 @@ def _parts(head: Head) -> dict[str, Any]:
     examples = head.examples
     if examples.owners is None:
         return {"head": head, "owners": examples.class_ids}
-    return {"head": head, "owners": np.zeros(len(examples)), "labels": head.support.indicator}
+    labels = {"labels": head.support.indicator, "thresholds": head.thresholds}
+    return {"head": head, "owners": np.zeros(len(examples)), **labels}
 
 
 # --- support images ---
