@@ -371,7 +371,7 @@ class Classifier(Answering, Changing, Estimator):
         those of which this classifier is uncertain count more (methods.suggest); before a fit all count the same.
         Options are those of `predict_folder`."""
         fit = self._fit
-        head = None if fit is None else fit.head.require_single_label("suggest")
+        head = None if fit is None else fit.head
         return suggest_from_folder(head, self._reader(fit, batch, skip_bad, threads), folder, n)
 
     def evaluate(

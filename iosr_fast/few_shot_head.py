@@ -25,7 +25,7 @@ from iosr_fast.head.fit import check_multi_label, fit_head, warn_of_look_alikes
 from iosr_fast.head.labels import are_label_sets, classes_of, dense, positions, read_groups, read_label_sets
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.preprocess import open_image, thumbnail
-from iosr_fast.methods.suggest import Suggestions, entropy, suggest
+from iosr_fast.methods.suggest import Suggestions, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tune import TUNE_SECONDS, asked_config
 from iosr_fast.methods.unknown import check_unknown_images
@@ -226,12 +226,16 @@ class FewShotHead(Answering, ClassifierMixin, BaseEstimator):
     def calibrate_on(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Let promises rest on labelled rows that are no support rows, as Classifier.calibrate_on."""
         fitted = self._fitted()
-        head = fitted.head.require_single_label("calibrate_on")
-        rows, y = self._validated(X, y)
+        classes = fitted.labels.tolist()
+        if fitted.head.is_multi_label:
+            rows = self._validated(X)
+            labels = read_label_sets(y, len(rows), classes)[1]
+        else:
+            rows, y = self._validated(X, y)
+            position = positions(classes, y.tolist())
+            labels = np.array([position[label] for label in y.tolist()])
         kept, embeddings, group_of = self._support(rows, "left out of the rows to calibrate on", groups)
-        position = positions(fitted.labels.tolist(), y.tolist())
-        labels = np.array([position[label] for label in y[kept].tolist()])
-        calibrated = head.calibrated_on(embeddings, labels, group_of)
+        calibrated = fitted.head.calibrated_on(embeddings, labels[kept], group_of)
         warn_of_look_alikes(calibrated)
         self._fit = replace(fitted, head=calibrated)
         return self
@@ -241,12 +245,11 @@ class FewShotHead(Answering, ClassifierMixin, BaseEstimator):
         methods.suggest.suggest."""
         fitted = self._fitted()
         n = check_integer("n", n, 1)
-        head = fitted.head.require_single_label("suggest")
+        head = fitted.head
         blocks = [*self._queries(fitted, X)]
         logits = np.concatenate([self._score(fitted, block) for block in blocks])
-        return suggest(
-            image_rows(Embeddings.concatenate(blocks), head.config.which, None), n, entropy(head.calibrated(logits))
-        )
+        rows = image_rows(Embeddings.concatenate(blocks), head.config.which, None)
+        return suggest(rows, n, head.link.entropy(head.calibrated(logits)))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
@@ -285,8 +288,7 @@ class FewShotHead(Answering, ClassifierMixin, BaseEstimator):
         filled = block[np.minimum(np.arange(_BLOCK), len(block) - 1)]
         return super()._score(fitted, filled)[: len(block)]
 
-    def _labels(self, fitted: FittedClassifier, logits: np.ndarray) -> np.ndarray:
-        labels = super()._labels(fitted, logits)
+    def _in_form(self, fitted: FittedClassifier, labels: np.ndarray) -> np.ndarray:
         indicator = None if fitted.estimator is None else fitted.estimator.indicator
         return labels if indicator is None else labels.astype(indicator)
 

@@ -12,7 +12,8 @@ from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import example_id
-from iosr_fast.head.predictions import Prediction, explained, predict_jointly
+from iosr_fast.head.labels import read_label_sets
+from iosr_fast.head.predictions import Prediction, predict, predict_jointly
 from iosr_fast.head.verdict import NONE_WITHHELD, Abstention, judge, node_labels, nodes_above
 from iosr_fast.methods.automation import Automation, automation
 from iosr_fast.methods.checks import CheckedPromise, check
@@ -62,7 +63,11 @@ class Answering:
 
     def _labels(self, fitted: FittedClassifier, logits: np.ndarray) -> np.ndarray:
         """What `predict` answers to queries with these logits, where it withholds no label."""
-        return fitted.head.link.answers(logits, fitted.labels)
+        return self._in_form(fitted, fitted.head.link.named(fitted.head.link.decide(logits), fitted.labels))
+
+    def _in_form(self, fitted: FittedClassifier, labels: np.ndarray) -> np.ndarray:
+        """Labels in the form of those of the fit."""
+        return labels
 
     def _name_of(self, number: int) -> Any:
         """What `audit` calls a support image of this number."""
@@ -87,7 +92,7 @@ class Answering:
     parameters_ = FittedAttribute[dict[str, float]](lambda fitted: dict(fitted.head.config.parameters))
     tuned_ = FittedAttribute[Evidence | None](lambda fitted: fitted.head.evidence)
     thresholds_ = FittedAttribute[np.ndarray | None](lambda fitted: fitted.head.thresholds)
-    unknown_ = FittedAttribute[Unknown](lambda fitted: fitted.head.require_single_label("unknown_").unknown)
+    unknown_ = FittedAttribute[Unknown](lambda fitted: fitted.head.unknown)
 
     def snapshot(self) -> Head:
         """The current head, which never changes: all predictions of it are of one version."""
@@ -119,12 +124,12 @@ class Answering:
         fitted = self._fitted()
         if abstention == NONE_WITHHELD:
             return self._labels(fitted, self._logits(fitted, X))
-        head = fitted.head.require_single_label("predict with unknown or max_error", "each class is judged by itself")
-        nodes = node_labels(head, fitted.labels)
+        head, nodes = fitted.head, node_labels(fitted.head, fitted.labels)
         abstention.check(head, nodes.tolist())
         blocks = self._queries(fitted, X)
         verdicts = (judge(head, block, abstention, self._score(fitted, block)) for block in blocks)
-        return np.concatenate([nodes[:0], *(verdict.named(nodes, abstention.label) for verdict in verdicts)])
+        named = [verdict.named(head.link, nodes, abstention.label) for verdict in verdicts]
+        return self._in_form(fitted, np.concatenate(named)) if named else self._labels(fitted, self._logits(fitted, X))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (B, C) float32; of two classes (B,), the second one's minus the first one's, unless pictures may have
@@ -155,12 +160,11 @@ class Answering:
         top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
         abstention = Abstention.of(unknown, None, keep, max_error)
         fitted = self._fitted()
-        head = fitted.head.require_single_label("explain", "predict_proba gives the probability of each class")
+        head = fitted.head
         abstention.check(head)
         predictions: list[Prediction] = []
         for block in self._queries(fitted, X):
-            verdict = judge(head, block, abstention, self._score(fitted, block))
-            predictions += explained(head, block, verdict, top, nearest)
+            predictions += predict(head, block, top, nearest, abstention, self._score(fitted, block))
         return predictions
 
     def predict_jointly(self, X: Any) -> JointPrediction:
@@ -168,7 +172,8 @@ class Answering:
         few shots and many pictures. Where left-out support images say that it harms, `refused` says why, and the
         probabilities are those of `predict_proba`."""
         fitted = self._fitted()
-        head = fitted.head.require_single_label("predict_jointly")
+        head = fitted.head
+        NONE_WITHHELD.check(head, joint=True)
         blocks = [block.to_numpy() for block in self._queries(fitted, X)] or [head.examples.embeddings[:0]]
         return predict_jointly(head, Embeddings.concatenate(blocks), fitted.labels, self._unit_rows)
 
@@ -189,25 +194,28 @@ class Answering:
         """How unlike all classes each query is, (B,) float64: of left-out support images the mean is 0, the standard
         deviation 1. 95% of pictures of the classes do not exceed `unknown_.threshold(0.95)` (methods.unknown)."""
         fitted = self._fitted()
-        model = fitted.head.require_single_label("unknown_score").unknown
+        model = fitted.head.unknown
         return np.concatenate([np.zeros(0), *(model.score(block.to_numpy()) for block in self._queries(fitted, X))])
 
     def automation(self) -> Automation:
         """What may be automated, as left-out support images say; print it. For each promised error: the least
         probability of a label that `predict` accepts, the share of images whose label is accepted, and how many of
         these are wrong. `smallest` is the smallest error that so many images can promise."""
-        head = self._fitted().head.require_single_label("automation")
+        head = self._fitted().head
         return automation(head.judged, notes=head.doubts)
 
     def check(self, answers: Any, labels: Any, max_error: float) -> CheckedPromise:
         """As checks.check, by the tree of this classifier."""
         fitted = self._fitted()
-        head = fitted.head.require_single_label("check")
-        return check(answers, labels, max_error, nodes_above(head, fitted.labels))
+        if fitted.head.is_multi_label:
+            classes = fitted.labels.tolist()
+            given = (read_label_sets(one, len(answers), classes)[1] for one in (answers, labels))
+            answers, labels = ([set(np.flatnonzero(row).tolist()) for row in indicator] for indicator in given)
+        return check(answers, labels, max_error, nodes_above(fitted.head, fitted.labels))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability; print it."""
-        return self._fitted().head.require_single_label("calibration").judged.reliability
+        return self._fitted().head.judged.reliability
 
     def audit(self) -> SupportAudit:
         """What is wrong with the support images, as left-out ones tell: likely wrong labels, near duplicates, classes

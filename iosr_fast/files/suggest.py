@@ -13,10 +13,11 @@ from iosr_fast.encoders.rows import KeyedRow
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.files.source import Source
 from iosr_fast.files.stream import Reader
+from iosr_fast.head.labels import SEPARATOR
+from iosr_fast.head.predictions import predict
 from iosr_fast.images.listing import Listing, Skipped, list_images
-from iosr_fast.methods.suggest import entropy, suggest
+from iosr_fast.methods.suggest import suggest
 from iosr_fast.methods.support_set import image_rows
-from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.result import Result
 
@@ -30,8 +31,8 @@ class FolderSuggestions(Result):
 
     paths          of the n images
     stands         (n,) int64, how many images of the folder each one stands for, itself included
-    labels         (n,) what the classifier takes them for; "" before a fit
-    probabilities  (n,) float32, of the labels; 0 before a fit
+    labels         (n,) what the classifier takes them for, joined by ";" where these may be several; "" before a fit
+    probabilities  (n,) float32, of the most likely class; 0 before a fit
     images         how many readable images the folder has
     errors         a BadImageError for each unreadable image
     skipped        counts by reason of other files
@@ -70,13 +71,16 @@ def suggest_from_folder(head: Head | None, reader: Reader, folder: str | Path | 
     readable, errors, queries = reader.embed(listing.paths)
     if queries is None:
         raise IosrFastError("expected images to choose from, found none that can be read")
-    logits = None if head is None else head.calibrated(head.score(queries))
     rows = image_rows(queries, "plain" if head is None else head.config.which, None)
-    best = suggest(rows, n, None if logits is None else entropy(logits))
-    labels, probabilities = np.full(len(best.rows), ""), np.zeros(len(best.rows), np.float32)
-    if head is not None and logits is not None:
-        p = softmax(logits[best.rows])
-        labels, probabilities = np.array(head.class_names, dtype=str)[p.argmax(1)], p.max(1)
+    if head is None:
+        best = suggest(rows, n)
+        labels, probabilities = np.full(len(best.rows), ""), np.zeros(len(best.rows), np.float32)
+    else:
+        logits = head.score(queries)
+        best = suggest(rows, n, head.link.entropy(head.calibrated(logits)))
+        answers = predict(head, queries[best.rows], logits=logits[best.rows])
+        labels = np.array([SEPARATOR.join(label for label, _ in one.pairs) for one in answers], str)
+        probabilities = np.array([one.probability for one in answers], np.float32)
     chosen = [listing.paths[readable[row]] for row in best.rows]
     paths: Any = [path if isinstance(path, KeyedRow) else Path(path) for path in chosen]
     return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)

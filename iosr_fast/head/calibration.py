@@ -11,7 +11,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.examples import Examples
 from iosr_fast.methods.conformal import CALIBRATION, COVERAGE, counted_as, images_needed
-from iosr_fast.methods.folds import NearSupport, join_units
+from iosr_fast.methods.folds import NearSupport, join_units, make_folds
 from iosr_fast.methods.look_alikes import find_look_alikes
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 
@@ -52,8 +52,13 @@ def compare_with_support(
     support: SupportSet, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None, look_alikes: bool
 ) -> Beside:
     """How images (L, D) with `labels` (L,) and `groups` (L,) relate to a support set; without `look_alikes` only near
-    duplicates are found."""
-    plain, order = Embeddings(images.plain), np.argsort(labels, kind="stable")
+    duplicates are found. Where images may have several labels, an indicator (L, C), no siblings are told: images of one
+    session show other things each."""
+    plain = Embeddings(images.plain)
+    if support.owners is not None:
+        of_own = make_folds(make_support_set(plain, labels, None, support.tau, groups=groups)).units
+        return Beside(NearSupport(support)(images.plain), np.zeros(len(labels), bool), of_own)
+    order = np.argsort(labels, kind="stable")
     own = make_support_set(plain, labels, None, support.tau, support.n_classes, groups=groups)
     near, siblings, of_own = NearSupport(support)(images.plain), np.zeros(len(labels), bool), None
     if look_alikes:
@@ -74,8 +79,9 @@ def compare_with_support(
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The images of calibrate_on that count: `embeddings` (L, D), `labels` (L,) positions of classes, `units` (L,) as
-    of folds.Folds. `beside` tells of all that were given."""
+    """The images of calibrate_on that count: `embeddings` (L, D), `labels` positions of classes
+    (L,), or an indicator (L, C) where images may have several; `units` (L,) as of folds.Folds. `beside` tells of all
+    that were given."""
 
     embeddings: Embeddings
     labels: np.ndarray
@@ -94,7 +100,10 @@ class Calibration:
 def calibration_of(support: SupportSet, uids: Sequence[int], given: Examples, look_alikes: bool) -> Calibration:
     """What of the images `given` is new to a support set of the classes `uids`: near duplicates and siblings of support
     images are left out."""
-    labels = np.searchsorted(np.array(uids), given.class_ids)
+    if given.owners is None:
+        labels: np.ndarray = np.searchsorted(np.array(uids), given.class_ids)
+    else:
+        labels = given.as_support(uids, None, support.tau).indicator
     beside = compare_with_support(support, given.embeddings, labels, given.groups, look_alikes)
     rows = np.flatnonzero(beside.new)
     return Calibration(given.embeddings[rows], labels[rows], beside.units[rows], beside)

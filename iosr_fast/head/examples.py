@@ -66,6 +66,11 @@ class Examples:
         labels = np.flatnonzero(self.class_ids == uid)
         return labels if self.owners is None else self.owners[labels]
 
+    def uids_of(self, row: int) -> list[int]:
+        """The classes of an image, rising: one, or where images may have several labels any number."""
+        labels: np.ndarray = self.class_ids[row : row + 1] if self.owners is None else self.class_ids[self.owners == row]
+        return labels.tolist()
+
     def rows(self, chosen: np.ndarray) -> Examples:
         """Some of the images, by index or mask."""
         picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen

@@ -23,12 +23,12 @@ from iosr_fast.head.labels import class_ids, read_label_sets
 from iosr_fast.methods.automation import least_odds
 from iosr_fast.methods.checks import strange_odds
 from iosr_fast.methods.config import Config, Evidence, wilson
-from iosr_fast.methods.conformal import CALIBRATION, Judged, of_logits
+from iosr_fast.methods.conformal import CALIBRATION, LEFT_OUT, Judged, of_answers, of_logits
 from iosr_fast.methods.folds import Folds, NearSupport, make_folds, unit_weights
 from iosr_fast.methods.links import Link, Platt, Sigmoid, Softmax
 from iosr_fast.methods.log_loss import fit_temperature
 from iosr_fast.methods.look_alikes import LookAlikes, find_look_alikes
-from iosr_fast.methods.models.gaussian import GaussianModel
+from iosr_fast.methods.models.gaussian import CentredGaussianModel, GaussianModel
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tree import Path, Tree
@@ -41,6 +41,7 @@ from iosr_fast.utils.text import abbreviate
 
 log = logging.getLogger(__name__)
 _ROUNDING = 1e-9  # of a share
+_OF_SUPPORT = ("support", "plan", "link", "platt", "look_alikes", "folds", "out_of_fold")  # cached properties
 _FEW = 0.7  # of a class's images: where left-out ones are judged by less, the accuracy is said to be too low
 
 
@@ -243,8 +244,6 @@ class Head:
     def with_promises(self, before: Head | None = None) -> Self:
         """The same head, after computing its plan and all that `max_error` rests on; what `keep` rests on, which takes
         ten times as long, if the version `before` has it, as somebody asks for it."""
-        if self.is_multi_label:
-            return self.compiled()
         self.doubts  # noqa: B018  # by the left-out labels
         self.strange_odds  # noqa: B018
         if (before or self).computed("unknown") is not None:
@@ -258,15 +257,18 @@ class Head:
 
     @cached_property
     def look_alikes(self) -> LookAlikes | None:
-        """Which support images look alike; None where they count as drawn independently."""
-        return find_look_alikes(self.support) if self.config.look_alikes and not self.is_multi_label else None
+        """Which support images look alike; None where they count as drawn independently. Images that may have several
+        labels are compared within each of their classes, and grouped as they are left out."""
+        if not self.config.look_alikes:
+            return None
+        if self.is_multi_label:
+            return replace(find_look_alikes(self.support.pairs()[0]), groups=self.folds.units)
+        return find_look_alikes(self.support)
 
     @property
     def look_alike_warning(self) -> tuple[str, ...]:
         """What is wrong where the images on which promises rest are too much like the support's, and what to do; none
         where they are not. Left-out images are so in bursts; of images of calibrate_on that are so, both is said."""
-        if self.is_multi_label:
-            return ()
         siblings = () if self.calibration is None else self.calibration.beside.warning
         alike = self.look_alikes if siblings or self.calibration is None else None
         return siblings if alike is None else siblings + alike.warning
@@ -274,7 +276,8 @@ class Head:
     @cached_property
     def folds(self) -> Folds:
         """Which support images are left out together in all that is promised and reported."""
-        return make_folds(self.support, None if self.look_alikes is None else self.look_alikes.groups)
+        alike = None if self.is_multi_label else self.look_alikes  # of label sets make_folds finds them
+        return make_folds(self.support, None if alike is None else alike.groups)
 
     @cached_property
     def near_support(self) -> NearSupport:
@@ -304,17 +307,30 @@ class Head:
     @cached_property
     def judged(self) -> Judged:
         """What the method says of support images that are left out, or of the calibration images."""
-        new = self.calibration
-        if new is None:
+        logits, labels, units, basis = self._judging
+        if isinstance(self.link, Sigmoid):
+            return of_answers(logits, labels, self.link.decide(logits), units, basis)
+        return of_logits(logits, labels, basis, units, self.tree)
+
+    @property
+    def _judging(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """The images on which promises rest: their calibrated logits (V, C), labels and units (V,), and what they
+        are."""
+        if (new := self.calibration) is None:
             found = self.calibrated_out_of_fold
-            return of_logits(found.logits, found.labels, units=found.units, tree=self.tree)
-        logits = self.calibrated(self.score(new.embeddings))
-        return of_logits(logits, new.labels, CALIBRATION, new.units, self.tree)
+            return found.logits, found.labels, found.units, LEFT_OUT
+        return self.calibrated(self.score(new.embeddings)), new.labels, new.units, CALIBRATION
 
     @cached_property
     def strange_odds(self) -> float:
-        """checks.strange_odds: the odds of its label at which a picture is strange."""
-        return strange_odds(self.judged)
+        """checks.strange_odds: the odds of its label at which a picture is strange; where pictures may have several, of
+        the most likely one."""
+        if not self.is_multi_label:
+            return strange_odds(self.judged)
+        logits, labels, units, basis = self._judging
+        first = logits.argmax(1)[:, None] == np.arange(len(self.uids))
+        surest = of_answers(logits, labels, first, units, basis)
+        return strange_odds(replace(surest, weights=unit_weights(units), units=None))
 
     @cached_property
     def temperature(self) -> float:
@@ -347,16 +363,19 @@ class Head:
         return None if given is None else calibration_of(self.support, self.uids, given, self.config.look_alikes)
 
     def calibrated_on(self, images: Embeddings, labels: np.ndarray, groups: np.ndarray | None = None) -> Head:
-        """The next version, whose promises rest on these images; `labels` (L,) are positions of classes, `groups` (L,)
+        """The next version, whose promises rest on these images; `labels` are as `read_labels` has them, `groups` (L,)
         as of SupportSet. No logit and no label changes. Raises IosrFastError where too few of them are new
         (Calibration).
         """
-        given = Examples.numbered(images, np.array(self.uids)[labels], groups)
+        if self.is_multi_label:
+            given = Examples.numbered(images, np.zeros(len(images), np.int64), groups).labelled(labels, self.uids)
+        else:
+            given = Examples.numbered(images, np.array(self.uids)[labels], groups)
         config, version = self.config, self.version + 1
         if (evidence := self.evidence) is not None and not evidence.stale:  # it stays evidence of this fit
             config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(evidence, version=version))
         made = replace(self, config=config, version=version, calibration_images=given)
-        kept = {name: self.computed(name) for name in ("support", "plan", "look_alikes", "folds", "out_of_fold")}
+        kept = {name: self.computed(name) for name in _OF_SUPPORT}
         made = made.with_computed(**kept)
         new = made.calibration
         assert new is not None
@@ -371,6 +390,7 @@ class Head:
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised, by the embeddings that queries have."""
+        self.require_single_label("unknown", "a picture of none of the classes gets no label")
         unknown = fit_unknown(self.support, self.folds, self.needs_adapted, self.unknown_images)
         new = self.calibration
         return unknown if new is None else unknown.calibrated_on(new.embeddings, new.units)
@@ -388,7 +408,7 @@ class Head:
             sentences += self.look_alikes.doubt
         if new is not None and new.left_out:
             sentences.append(f"{new.left_out} are left out of calibrate_on")
-        unjudged = np.bincount(known.labels, minlength=len(self.uids)) == 0
+        unjudged = self._judged_labels == 0
         single = unjudged & (self.counts == 1) & (new is None)
         if names := [self.class_names[i] for i in np.flatnonzero(single)]:
             has, it = ("has", "it") if len(names) == 1 else ("have", "them")
@@ -403,10 +423,14 @@ class Head:
     def summary(self) -> str:
         """What is known of the accuracy, a line each: the accuracy; what speaks against it and what to do; what the
         search of parameters noted; the size of the tree."""
-        if self.is_multi_label:
-            return "several labels a picture: biases and thresholds by leave-one-out"
         known, evidence = self.judged, self.evidence
-        if known.count:
+        if known.count and self.is_multi_label:
+            (low, high), found = self.accuracy_range, int(known.right.sum()) / max(int(self._judged_labels.sum()), 1)
+            text = (
+                f"{known.reliability.accuracy:.1%} of {len(known.labels):,} labels that {known.basis} are given are right "
+                f"(95%: {low:.0%} to {high:.0%}), {found:.1%} of their labels are found"
+            )
+        elif known.count:
             accuracy, (low, high), one = known.reliability.accuracy, self.accuracy_range, self._one_by_one
             images, interval = f"{len(known.labels):,} {known.basis}", f"(95%: {low:.0%} to {high:.0%})"
             text = f"{accuracy:.1%} of {images} right {interval}"
@@ -423,6 +447,16 @@ class Head:
         note = "" if evidence is None else evidence.note
         tree = "" if self.paths is None else str(self.tree)
         return "\n".join(filter(None, [text, *self.doubts, note, tree]))
+
+    @property
+    def _judged_labels(self) -> np.ndarray:
+        """(C,) int64, the images of each class on which promises rest."""
+        if not self.is_multi_label:
+            return np.bincount(self.judged.labels, minlength=len(self.uids))
+        labels = self._judging[1]
+        judged = np.ones(len(self.uids), bool) if self.calibration is not None else self.folds.distinct > 1
+        counts: np.ndarray = labels.sum(0) * judged
+        return counts
 
     @property
     def accuracy_range(self) -> tuple[float, float]:
@@ -465,9 +499,19 @@ class Head:
     def adapted_bias(self) -> np.ndarray:
         """Of a plan whose linear term reads both embeddings (methods.papers), the bias (C,) of the adapted half."""
         given, factor = self.config.parameters, self.config.factor
-        model = GaussianModel(self.support, "adapted", copies=given.get("text_images", 0.0))
-        bias: np.ndarray = factor * given["discriminant_adapted"] * model.fitted.bias
+        if self.is_multi_label:
+            factor, fitted = self.platt.scale, CentredGaussianModel(self.support, "adapted").fields()["bias"]
+        else:
+            fitted = GaussianModel(self.support, "adapted", copies=given.get("text_images", 0.0)).fitted.bias
+        bias: np.ndarray = factor * given["discriminant_adapted"] * fitted
         return bias
+
+    @property
+    def text_weight(self) -> float:
+        """The weight of text cosines in a logit: tau times that of the config, as it is in the plan."""
+        if not self.is_multi_label:
+            return self.config.text_weight * self.tau
+        return self.plan.tau if self.plan.text is not None else 0.0
 
     def read_labels(self, images: Sequence[Any], labels: Any, integers: bool) -> np.ndarray:
         """Each image's class by its position, (N,) int64 (labels.class_ids), where integer labels are uids if

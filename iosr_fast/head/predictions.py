@@ -11,6 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
+from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.verdict import NONE_WITHHELD, Abstention, Rejection, Verdict, judge
 from iosr_fast.methods import joint
 from iosr_fast.methods.links import largest
@@ -47,7 +48,8 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A support image near the query; `similarity` is the cosine, in [-1, 1], of what the method compares.
+    """A support image near the query; `similarity` is the cosine, in [-1, 1], of what the method compares. Where it has
+    several labels, `label` and `class_id` have all of them, joined by ";".
 
     >>> Neighbour("~7", "pear", "~1", similarity=0.93).label
     'pear'
@@ -70,7 +72,7 @@ class Prediction:
     over its classes, and a node above classes has no class_id. `nearest` are the support images with the largest
     cosines, best first. `unknown` is None unless it was asked for; `label` and `class_id` are None for a picture that
     is rejected. `accepted` is whether a promise about errors lets the label pass without a look, None unless it was
-    asked for. The other fields are those of the class with the largest logit (ClassScore).
+    asked for; where pictures may have several labels, a tuple, of each of `top`. The other fields are those of the class with the largest logit (ClassScore).
 
     >>> from iosr_fast import Classifier
     >>> classifier = Classifier("demo", method="tip-adapter++").fit_folder("support")
@@ -100,7 +102,7 @@ class Prediction:
     nearest: tuple[Neighbour, ...]
     version: int
     unknown: Rejection | None = None
-    accepted: bool | None = None
+    accepted: bool | tuple[bool, ...] | None = None
     level: int = 0
     path: Path = ()
     __repr__ = short_repr
@@ -124,11 +126,17 @@ class Prediction:
 
 
 def predict(
-    head: Head, embeddings: Embeddings, top: int = 1, nearest: int = 0, abstention: Abstention = NONE_WITHHELD
+    head: Head,
+    embeddings: Embeddings,
+    top: int = 1,
+    nearest: int = 0,
+    abstention: Abstention = NONE_WITHHELD,
+    logits: np.ndarray | None = None,
 ) -> list[Prediction]:
-    """A Prediction for each query (B, D), of the Verdict by `abstention`; `top` and `nearest` as of `explained`."""
+    """A Prediction for each query (B, D), of the Verdict by `abstention`; `top` and `nearest` as of `explained`,
+    `logits` of queries that are scored already."""
     top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
-    return explained(head, embeddings, judge(head, embeddings, abstention), top, nearest)
+    return explained(head, embeddings, judge(head, embeddings, abstention, logits), top, nearest)
 
 
 def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, nearest: int) -> list[Prediction]:
@@ -146,7 +154,7 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     accepted = unasked if verdict.accepted is None else verdict.accepted.tolist()
     zero_shot = np.zeros_like(logits)
     if head.text is not None:
-        zero_shot = np.float32(head.config.text_weight * head.tau) * (embeddings.plain @ head.text.T)
+        zero_shot = np.float32(head.text_weight) * (embeddings.plain @ head.text.T)
     cache = logits - zero_shot
     parts = head.probabilities(logits), logits, zero_shot, cache, _adapter_part(head, embeddings, cache)
     neighbours = _neighbours(head, embeddings, nearest) if nearest else [()] * len(logits)
@@ -154,15 +162,17 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     names = head.class_names
     predictions = []
     for b, classes in enumerate(head.link.listed(logits, top)):
-        shown = classes if len(classes) else verdict.labels[b : b + 1]
+        shown = classes if len(classes) else logits[b].argmax(keepdims=True)
         columns = (part[b, shown].tolist() for part in parts)
         scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(shown.tolist(), *columns, strict=True))
         fields = {**vars(scores[0]), "top": scores[: len(classes)], "nearest": neighbours[b], "version": head.version}
         fields |= {"unknown": rejections[b], "accepted": accepted[b]}
+        if head.is_multi_label and accepted[b] is not None:
+            fields["accepted"] = tuple(accepted[b][c] for c in classes.tolist())
         if not len(classes) or (verdict.rejected is not None and verdict.rejected[b]):
             fields |= {"label": None, "class_id": None}
         else:
-            fields |= _node_fields(head, int(verdict.labels[b]), parts[0][b])
+            fields |= _node_fields(head, int(classes[0]) if head.is_multi_label else int(verdict.labels[b]), parts[0][b])
         predictions.append(Prediction(**fields))
     return predictions
 
@@ -190,8 +200,6 @@ def _adapter_part(head: Head, embeddings: Embeddings, cache: np.ndarray) -> np.n
         read |= set(EMBEDDINGS) if plan.feature == "both" else {plan.feature}
     if "adapted" not in read:
         return np.zeros_like(cache)
-    if head.is_multi_label:
-        return np.full_like(cache, np.nan)  # where pictures may have several labels nothing is explained yet
     if read == {"adapted"} or plan.linear is None:
         return cache
     adapted_keys = plan.keys is not None and plan.query == "adapted"
@@ -223,9 +231,10 @@ def _neighbours(head: Head, embeddings: Embeddings, nearest: int) -> list[tuple[
         return [()] * len(rows)
 
     def neighbour(j: int, cosine: float) -> Neighbour:
-        uid = int(examples.class_ids[j])
-        name = head.class_names[bisect_left(head.uids, uid)]
-        return Neighbour(example_id(examples.ids[j]), name, class_id(uid), min(max(cosine, -1.0), 1.0))
+        uids = examples.uids_of(j)
+        names = SEPARATOR.join(head.class_names[bisect_left(head.uids, uid)] for uid in uids)
+        ids = SEPARATOR.join(map(class_id, uids))
+        return Neighbour(example_id(examples.ids[j]), names, ids, min(max(cosine, -1.0), 1.0))
 
     cosines = rows @ head.compared.T
     rows_and_best = zip(cosines, largest(cosines, nearest), strict=True)

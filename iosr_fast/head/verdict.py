@@ -16,6 +16,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.head import Head
 from iosr_fast.head.names import check_unknown_label
 from iosr_fast.methods.automation import check_promise
+from iosr_fast.methods.links import Link
 from iosr_fast.methods.tree import Path
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.utils.numbers import check_share
@@ -60,6 +61,8 @@ class Abstention:
         `labels`, or the names), where there are too few support images for a promise (Unknown.threshold,
         automation.check_promise), and for a promise about errors of pictures that are classified together (`joint`).
         What the promises rest on is computed now."""
+        if joint:
+            head.require_single_label("joint (pictures that are classified together)", "classify each picture alone")
         if joint and self.max_error is not None:
             raise IosrFastError(
                 "expected no max_error (--max-error) with joint (--joint): the promise rests on support images that "
@@ -101,8 +104,10 @@ class Verdict:
 
     logits         (B, C) float32
     labels         (B,) int64, the class with the largest logit, of equal ones the first, by its position; where a
-                   promise accepts a node of the tree, that node
-    accepted       (B,) bool, whether nobody needs to look at the label; None where no promise was asked for
+                   promise accepts a node of the tree, that node. (B, C) bool where pictures may have several labels:
+                   the classes of each
+    accepted       (B,) bool, or (B, C) of `labels`, whether nobody needs to look at the label; None where no promise
+                   was asked for
     unknown_score  (B,) float64, how unlike all classes the query is; None where nothing is rejected
     rejected       (B,) bool, whether it belongs to none of them, and its label, if any, is not accepted; None likewise
     """
@@ -121,10 +126,12 @@ class Verdict:
             return None
         return list(map(Rejection, self.unknown_score.tolist(), self.rejected.tolist()))
 
-    def named(self, nodes: np.ndarray, word: Any) -> np.ndarray:
+    def named(self, link: Link, nodes: np.ndarray, word: Any) -> np.ndarray:
         """The label (B,) of each query out of the `nodes` (C + M,): None where it is not accepted, `word` where the
-        query is rejected."""
-        labels = nodes[self.labels]
+        query is rejected. Where pictures may have several labels, those that are accepted, as the link has them."""
+        if self.labels.ndim == 2:
+            return link.named(self.labels if self.accepted is None else self.accepted, nodes)
+        labels = link.named(self.labels, nodes)
         if self.accepted is not None:
             labels = replaced(labels, ~self.accepted, None)
         return labels if self.rejected is None else replaced(labels, self.rejected, word)
@@ -136,11 +143,13 @@ def judge(
     """The Verdict of embeddings (B, D), which are scored where they are, on a GPU too; `logits` of queries that are
     scored already. What promises rest on is computed at its first use; raises as Abstention.check."""
     logits = head.score(queries) if logits is None else logits
-    labels, accepted, scores, rejected = logits.argmax(1), None, None, None
+    labels, accepted, scores, rejected = head.link.decide(logits), None, None, None
     if abstention.keep is not None:
         scores, rejected = unknown_scores(head, queries.to_numpy(), abstention.keep)
     if abstention.max_error is not None:
         least: Any = head.least_odds(abstention.max_error)
+        if head.is_multi_label:
+            return Verdict(logits, labels, labels & (logits.astype(np.float64) >= least))
         if rejected is not None:
             least = np.where(rejected, np.inf, least)
         labels, accepted = head.tree.answer(head.calibrated(logits), least)

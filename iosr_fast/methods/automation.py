@@ -123,9 +123,9 @@ def automation(left_out: Judged, images: Judged | None = None, notes: tuple[str,
     n_accepted, n_wrong = counts.sum(1).T
     with np.errstate(invalid="ignore"):
         level_errors, errors = counts[:, :, 1] / counts[:, :, 0], n_wrong / n_accepted
-    n_images = images.count or 1.0
+    n_images = float(images.counted.sum()) or 1.0
     thresholds = np.where(np.isfinite(least), sigmoid(least), np.nan)
-    surer = float(left_out.counted[odds[:, -1] > surest_wrong].sum())
+    surer = left_out.effective(odds[:, -1] > surest_wrong)
     smallest, least_error = _promised_by(count), _promised_by(surer)
     curve = np.array(PROMISES), thresholds, n_accepted / n_images, errors, counts[:, :, 0] / n_images, level_errors
     return Automation(len(left_out.labels), count, smallest, least_error, *curve, left_out.basis, notes)
@@ -181,11 +181,10 @@ def least_odds(left_out: Judged, max_error: float) -> float:
     tried.append(_odds_of_counts(odds[:, -1], left_out.counted, needed))
     least = math.inf
     for threshold in np.unique(np.concatenate(tried))[::-1].tolist():
-        _, answered, wrong = left_out.answered(threshold)
-        n = int(left_out.counted[answered].sum() + _FRACTION)
+        number, k = left_out.accepted_and_wrong(threshold)
+        n = int(number + _FRACTION)
         if n < needed:
             continue
-        k = float(left_out.counted[wrong].sum())
         chances = binomial_cdf(n, max_error, min(math.ceil(k), n))
         if np.interp(k, np.arange(len(chances)), chances) > 1.0 - CONFIDENCE + _ROUNDING:
             break

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +69,8 @@ def check(
     above: Mapping[Any, Sequence[str]] | None = None,
 ) -> CheckedPromise:
     """What right `labels` (B,) of pictures say of `answers` (B,), which `predict(pictures, max_error=max_error)` gave:
-    whether more than a share `max_error` of the labels that it accepted is wrong. Pictures without an answer (None) say
-    nothing. An answer that is a node of a tree above the label is right; `above` has the names of the nodes above each
+    whether more than a share `max_error` of the labels that it accepted is wrong. Answers are labels, or sets of them;
+    pictures without an answer (None) say nothing. An answer that is a node of a tree above the label is right; `above` has the names of the nodes above each
     label.
 
     Give a random sample of what was accepted, each picture once, in the order in which they were checked, with all that
@@ -84,36 +85,45 @@ def check(
     """
     if len(answers) != len(labels):
         raise IosrFastError(f"expected a label for each answer, got {len(labels)} labels and {len(answers)} answers")
-    nodes = above or {}
-    pairs = [(answer, label) for answer, label in zip(answers, labels, strict=True) if answer is not None]
-    return checked([answer != label and answer not in nodes.get(label, ()) for answer, label in pairs], max_error)
+    nodes, wrong = above or {}, []
+    for answer, label in zip(answers, labels, strict=True):
+        if isinstance(answer, AbstractSet):
+            wrong.append([tag not in label for tag in answer])
+        elif answer is not None:
+            wrong.append([answer != label and answer not in nodes.get(label, ())])
+    return checked(wrong, max_error)
 
 
-def checked(wrong: Sequence[bool], max_error: float) -> CheckedPromise:
-    """`wrong` (n,): of each checked label, in the order of checking, whether it is wrong.
+def checked(wrong: Sequence[Sequence[bool]], max_error: float) -> CheckedPromise:
+    """`wrong`: of each checked picture, in the order of checking, whether each of its accepted labels is wrong: of one,
+    or where a picture may have several of any number.
 
-    After n checks of which k were wrong, and with m = max_error, the e-process is the mean over odds ratios f of
+    After n pictures, of which shares x[i] of the accepted labels were wrong, and with m = max_error, the e-process is
+    the mean over odds ratios f of
 
-        f^k / (1 - m + f m)^n,
+        prod over i of (1 + (f - 1) x[i]) / (1 + (f - 1) m),
 
-    the likelihood ratio of "a share r is wrong", r / (1 - r) = f m / (1 - m), and "a share m is wrong". If each label
-    is wrong with a chance of at most m, whatever came before, a check multiplies each term by at most 1 on the mean:
-    the process is a supermartingale, and reaches 1 / d with a chance of at most d, ever (Ville's inequality). So an
-    alarm at 20 is false with a chance of at most 5%, however often one looks.
+    with one label a picture the likelihood ratio of "a share r is wrong", r / (1 - r) = f m / (1 - m), and "a share m
+    is wrong". If x[i] is at most m on the mean, whatever came before, a check multiplies each term by at most 1 on the
+    mean: the process is a supermartingale, and reaches 1 / d with a chance of at most d, ever (Ville's inequality). So
+    an alarm at 20 is false with a chance of at most 5%, however often one looks.
 
     Sources: Ville, Etude critique de la notion de collectif, 1939; test martingales: Shafer et al., Statistical Science
     2011, arXiv 0912.4269; e-processes: Ramdas et al., Statistical Science 2023, arXiv 2210.01948.
 
-    >>> checked([True, True], 0.05).e_value > checked([True, False], 0.05).e_value > 1
+    >>> checked([[True], [True]], 0.05).e_value > checked([[True], [False]], 0.05).e_value > 1
     True
     """
     max_error = check_share("max_error", max_error, like=0.01)
-    counts = np.cumsum(np.array([False, *wrong], bool))
-    ratios = np.outer(counts, np.log(_ODDS)) - np.outer(np.arange(len(counts)), np.log1p((_ODDS - 1.0) * max_error))
+    pictures = [one for one in wrong if one]
+    shares = np.array([0.0, *(sum(one) / len(one) for one in pictures)])[:, None]
+    checks, counts = (np.cumsum([0, *map(of, pictures)]).tolist() for of in (len, sum))
+    ratios = np.cumsum(np.log1p((_ODDS - 1.0) * shares), axis=0)
+    ratios -= np.outer(np.arange(len(shares)), np.log1p((_ODDS - 1.0) * max_error))
     values = ratios.max(1) + np.log(np.exp(ratios - ratios.max(1, keepdims=True)).mean(1))
     best = int(values.argmax())
     e_value = math.exp(min(float(values[best]), 700.0))  # the largest that float64 holds
-    return CheckedPromise(max_error, len(counts) - 1, int(counts[-1]), e_value, (best, int(counts[best])))
+    return CheckedPromise(max_error, checks[-1], counts[-1], e_value, (checks[best], counts[best]))
 
 
 def strange_odds(left_out: Judged) -> float:

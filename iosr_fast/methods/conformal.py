@@ -78,6 +78,8 @@ class Judged:
     basis       what these images are, as of Reliability
     weights     (V,) float64, what each image counts, as images of a burst may be right or wrong together
                 (folds.unit_weights); None: each counts 1
+    units       where pictures may have several labels (`of_answers`): V answers in place of images, and the unit (V,) of
+                the picture of each, as of folds.Folds; else None
     """
 
     label_odds: np.ndarray
@@ -87,6 +89,7 @@ class Judged:
     labels: np.ndarray
     basis: str = LEFT_OUT
     weights: np.ndarray | None = None
+    units: np.ndarray | None = None
 
     @cached_property
     def counted(self) -> np.ndarray:
@@ -95,14 +98,29 @@ class Judged:
 
     @cached_property
     def count(self) -> float:
-        """How many images V images count as: the sum of their weights."""
-        return float(self.counted.sum())
+        """How many images V images count as: the sum of their weights; of answers, their effective number."""
+        return self.effective(np.ones(len(self.labels), bool))
+
+    def effective(self, chosen: np.ndarray) -> float:
+        """What the chosen ones (V,) bool count as. Of answers a[u] of which are of the unit u it is Kish's effective
+        sample size, (sum_u a[u])^2 / sum_u a[u]^2 (Survey Sampling, 1965): answers of one picture may be right or wrong
+        together."""
+        if self.units is None:
+            return float(self.counted[chosen].sum())
+        sizes = np.unique(self.units[chosen], return_counts=True)[1].astype(np.float64)
+        return float(sizes.sum() ** 2 / (sizes @ sizes)) if len(sizes) else 0.0
 
     def answered(self, least_odds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The level of each image's answer (tree.finest), whether it is accepted, and whether it is accepted and wrong,
         each (V,)."""
         level, accepted = finest(self.odds, least_odds)
         return level, accepted, accepted & ~self.right[np.arange(len(level)), level]
+
+    def accepted_and_wrong(self, least_odds: float) -> tuple[float, float]:
+        """What the accepted answers count as, and the wrong ones of them."""
+        _, accepted, wrong = self.answered(least_odds)
+        number, k = self.effective(accepted), float(self.counted[wrong].sum())
+        return number, k if self.units is None or not k else number * k / float(accepted.sum())
 
     def thresholds(self, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """The least log p / (1 - p) of a label in a set: one number (), or with the names of all `classes` (C,) one for
@@ -147,7 +165,7 @@ class Judged:
     @cached_property
     def reliability(self) -> Reliability:
         bins = np.ceil(self.confidence * BINS).astype(int).clip(1, BINS) - 1
-        counted, total = self.counted, self.count or math.nan
+        counted, total = self.counted, float(self.counted.sum()) or math.nan
         of_bins = np.bincount(bins, counted, BINS)
         sums, right = (np.bincount(bins, counted * part, BINS) for part in (self.confidence, self.right[:, 0]))
         with np.errstate(invalid="ignore"):
@@ -180,6 +198,23 @@ def of_logits(
         basis=basis,
         weights=None if units is None else unit_weights(units),
     )
+
+
+def of_answers(
+    logits: np.ndarray, labels: np.ndarray, answers: np.ndarray, units: np.ndarray, basis: str = LEFT_OUT
+) -> Judged:
+    """The `answers` (V, C) bool to pictures that may have several labels, a row for each, by the logits (V, C) of each
+    class by itself; `labels` (V, C) bool, `units` (V,) as of `of_logits`.
+
+    >>> logits, labels = np.array([[3.0, 2.0], [4.0, -9.0]]), np.array([[True, False], [True, False]])
+    >>> one = of_answers(logits, labels, logits > 0, units=np.arange(2))
+    >>> one.odds[:, 0].tolist(), one.right[:, 0].tolist(), round(one.count, 2)
+    ([3.0, 2.0, 4.0], [True, False, True], 1.8)
+    """
+    pictures, classes = np.nonzero(answers)
+    odds, right = logits.astype(np.float64)[pictures, classes], labels[pictures, classes]
+    losses = np.logaddexp(0.0, np.where(right, -odds, odds))
+    return Judged(odds, odds[:, None], right[:, None], losses, classes, basis, units=units[pictures])
 
 
 def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.ranking import mean_average_precision
 
+_TINY = 1e-300  # whose logarithm is finite
 _LEAST = 1e-4  # of a scale that a plan can have
 
 
@@ -22,7 +23,7 @@ class Softmax:
     """A picture has one class, that with the largest logit; there are no thresholds.
 
     >>> link = Softmax()
-    >>> link.answers(np.array([[1.0, 3.0], [2.0, 0.0]]), np.array(["cat", "dog"]))
+    >>> link.named(link.decide(np.array([[1.0, 3.0], [2.0, 0.0]])), np.array(["cat", "dog"]))
     array(['dog', 'cat'], dtype='<U3')
     """
 
@@ -41,9 +42,19 @@ class Softmax:
         their order, as in argmax."""
         return largest(logits, top)
 
-    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The label (B,) of each query's largest logit, of equal ones the first; `labels` (C,) are the classes'."""
-        return labels[logits.argmax(1)]
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        """(B,) int64, the class of each query's largest logit, of equal ones the first."""
+        return logits.argmax(1)
+
+    def named(self, decided: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The label (B,) of each query; `labels` (C,) are the classes'."""
+        return labels[decided]
+
+    def entropy(self, logits: np.ndarray) -> np.ndarray:
+        """(B,) float64, in nats: how uncertain the classes of each query are."""
+        p = softmax(logits.astype(np.float64))
+        result: np.ndarray = -(p * np.log(np.maximum(p, _TINY))).sum(1)
+        return result
 
     def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
         """The share of queries whose largest logit is that of their class, `truth` (B,)."""
@@ -57,8 +68,8 @@ class Sigmoid:
     """A picture has each class whose probability reaches the class's threshold, (C,) float32: several, one or none.
 
     >>> link = Sigmoid(np.array([0.5, 0.2], np.float32))
-    >>> link.answers(np.array([[3.0, -1.0], [-3.0, -9.0]]), np.array(["cat", "dog"])).tolist() == [
-    ...     frozenset({"cat", "dog"}), frozenset()]
+    >>> decided = link.decide(np.array([[3.0, -1.0], [-3.0, -9.0]]))
+    >>> link.named(decided, np.array(["cat", "dog"])).tolist() == [frozenset({"cat", "dog"}), frozenset()]
     True
     """
 
@@ -79,25 +90,30 @@ class Sigmoid:
         """`decision_function`: the logits (B, C)."""
         return logits
 
-    def members(self, logits: np.ndarray) -> np.ndarray:
+    def decide(self, logits: np.ndarray) -> np.ndarray:
         """(B, C) bool, the classes of each query."""
         reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= self.thresholds
         return reached
 
     def listed(self, logits: np.ndarray, top: int) -> list[np.ndarray]:
         """All classes of each query, the most likely first."""
-        ordered = zip(np.argsort(-sigmoid(logits), axis=1, kind="stable"), self.members(logits), strict=True)
+        ordered = zip(np.argsort(-sigmoid(logits), axis=1, kind="stable"), self.decide(logits), strict=True)
         return [order[chosen[order]] for order, chosen in ordered]
 
-    def answers(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def named(self, decided: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """A frozenset of labels for each query, (B,) of dtype object; an indicator (B, C) of int64 where the `labels`
         (C,) of the classes are integers."""
-        members = self.members(logits)
         if labels.dtype.kind == "i":
-            return members.astype(np.int64)
-        sets = np.empty(len(members), object)
-        sets[:] = [frozenset(labels[row].tolist()) for row in members]
+            return decided.astype(np.int64)
+        sets = np.empty(len(decided), object)
+        sets[:] = [frozenset(labels[row].tolist()) for row in decided]
         return sets
+
+    def entropy(self, logits: np.ndarray) -> np.ndarray:
+        """(B,) float64, in nats: how uncertain it is which classes each query has, summed over the classes."""
+        p = sigmoid(logits.astype(np.float64))
+        result: np.ndarray = -sum(q * np.log(np.maximum(q, _TINY)) for q in (p, 1 - p)).sum(1)
+        return result
 
     def quality(self, truth: np.ndarray, logits: np.ndarray) -> float:
         """The mean average precision over the classes that a query has; `truth` (B, C) bool."""
@@ -121,9 +137,10 @@ class Platt:
         held at a common one as by log_loss.fit_binary. Without any the odds at the mean logit are those of a label."""
         logits = logits.astype(np.float64)
         if judged.any():
-            fitted = fit_binary([logits], labels, judged)
+            spread = float(logits.std()) or 1.0  # fit_binary takes parts in units of their spread
+            fitted = fit_binary([logits / spread], labels, judged)
             assert fitted.bias is not None
-            return cls(max(float(fitted.weights[0]), _LEAST), fitted.bias)
+            return cls(max(float(fitted.weights[0]) / spread, _LEAST), fitted.bias)
         labelled = int(labels.sum())
         odds = math.log(labelled / max(labels.size - labelled, 0.5))
         return cls(1.0, np.full(labels.shape[1], odds - float(logits.mean())))

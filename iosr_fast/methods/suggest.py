@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from iosr_fast.methods.support_set import blocks
-from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.short_repr import short_repr
 
@@ -30,18 +29,11 @@ class Suggestions:
     __repr__ = short_repr
 
 
-def entropy(logits: np.ndarray) -> np.ndarray:
-    """The entropy of softmax(logits), (B,) float64 in nats, for logits (B, C): how uncertain a classifier is."""
-    p = softmax(logits.astype(np.float64))
-    result: np.ndarray = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
-    return result
-
-
 def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None) -> Suggestions:
     """n images of B to label next: the most typical image of each of n clusters of equal weight.
 
     `rows` (B, D) are embeddings of unit length, centred here and scaled again. `weights` (B,) >= 0, without unit: how
-    much an image's label is worth, `entropy` of a classifier's logits; None: all are worth the same, for a start
+    much an image's label is worth, the entropy of a classifier's answers (links); None: all are worth the same, for a start
     without labels. Greedy k-means++ draws n centres, the same each time; at most 20 rounds of
 
         clusters   = the nearest centre that has room: one of total weight sum(weights) / n

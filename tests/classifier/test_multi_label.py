@@ -65,10 +65,10 @@ def test_answers_are_those_of_the_plan(method: str) -> None:
     logits, probabilities = classifier.decision_function(images), classifier.predict_proba(images)
     np.testing.assert_allclose(logits, score(classifier.plan_, classifier.encoder.encode(images)), atol=1e-4)
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits.astype(np.float64))), atol=1e-6)
-    config, _, _, link = tune(Config(method=method), classifier.support_)
+    config, *_ = tune(Config(method=method), classifier.support_)
     assert classifier.tuned_.average_precision == config.evidence.average_precision
     answers = classifier.predict(images)
-    assert answers.shape == (60,) and [set(one) for one in answers] == sets_of(probabilities >= link.thresholds)
+    assert answers.shape == (60,) and [set(one) for one in answers] == sets_of(probabilities >= classifier.thresholds_)
     expected = average_precision_score(labels, logits, average="macro")
     assert classifier.score(images, sets_of(labels)) == pytest.approx(expected)
     assert expected > 0.9 or method == "zero-shot"  # names of this text encoder say nothing

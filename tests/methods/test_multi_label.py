@@ -91,7 +91,7 @@ def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
             tune(Config(method=lacking), support)
     if name == "zero-shot" and not text:
         return
-    config, _, plan, link = tune(Config(method=name), support)
+    config, _, plan = tune(Config(method=name), support)
     logits, labels = score(plan, drawn.embeddings[40:]).astype(np.float64), drawn.indicator[40:]
     assert mean_average_precision(labels, logits) > 0.8
     assert abs(sigmoid(logits).mean() - labels.mean()) < 0.08
@@ -102,7 +102,8 @@ def test_probabilities_are_those_of_new_images(name: str, text: bool) -> None:
     shares = sigmoid(logits)
     expected = [max(2 * p[p >= t].sum() / ((p >= t).sum() + p.sum()) for t in p) / 2 for p in shares.T]
     np.testing.assert_allclose(f1_thresholds(shares), expected, rtol=1e-5)  # half of the largest expected F1
-    np.testing.assert_array_equal(link.members(logits), shares >= link.thresholds)
+    link = Sigmoid.of(logits)
+    np.testing.assert_array_equal(link.decide(logits), shares >= link.thresholds)
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -110,7 +111,7 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
     drawn = images_of(300, text=text, seed=4)
     labels = drawn.indicator
     rows = [np.flatnonzero(labels[:, c] & (labels.sum(1) == 1))[0] for c in range(5)]
-    config, _, plan, _ = tune(Config(method="auto"), drawn.only(np.isin(np.arange(300), rows)))
+    config, _, plan = tune(Config(method="auto"), drawn.only(np.isin(np.arange(300), rows)))
     logits = score(plan, drawn.embeddings)
     assert config.evidence.protocol == "one-shot" and config.evidence.average_precision is None
     assert mean_average_precision(labels, logits) > 0.6
@@ -119,7 +120,7 @@ def test_one_image_a_class_takes_a_rule(text: bool) -> None:
 
 @pytest.mark.parametrize("name", ["stack", "stack++"])
 def test_a_setting_that_is_given_is_kept(name: str) -> None:
-    config, _, plan, _ = tune(Config(method=name, parameters={"beta": 2.5}), images_of())
+    config, _, plan = tune(Config(method=name, parameters={"beta": 2.5}), images_of())
     given = METHODS[name].parameters
     assert plan.beta == config.parameters["beta"] == 2.5 and config.parameters["ridge"] == given["ridge"]
     assert config.parameters["regression"] not in (0.0, given["regression"])  # weights are fitted
@@ -143,7 +144,7 @@ def test_repeated_images_are_left_out_together_whatever_their_labels(rng: np.ran
 
 def test_a_probability_at_its_threshold_counts() -> None:
     link = Sigmoid(np.array([0.5, 0.5], np.float32))
-    answers = link.answers(np.array([[0.0, -1e-9], [-1.0, -1.0]]), np.array(["cat", "dog"]))
+    answers = link.named(link.decide(np.array([[0.0, -1e-9], [-1.0, -1.0]])), np.array(["cat", "dog"]))
     assert answers.tolist() == [frozenset({"cat"}), frozenset()]
     assert [listed.tolist() for listed in link.listed(np.array([[-1.0, -1.0]]), 5)] == [[]]
 
@@ -151,8 +152,8 @@ def test_a_probability_at_its_threshold_counts() -> None:
 def test_copies_with_every_label_have_every_label() -> None:
     """Nothing can be left out, and no image is without a label."""
     rows = Embeddings(unit(np.ones((3, 24))))
-    _, _, plan, link = tune(Config(method="auto"), make_support_set(rows, np.ones((3, 2), bool), None, 20.0))
-    assert link.members(score(plan, rows)).all()
+    _, _, plan = tune(Config(method="auto"), make_support_set(rows, np.ones((3, 2), bool), None, 20.0))
+    assert Sigmoid.of(logits := score(plan, rows)).decide(logits).all()
 
 
 def test_one_image_is_too_few() -> None:
