@@ -61,6 +61,23 @@ class Examples:
         classes, owners = np.nonzero(indicator.T)
         return replace(self, class_ids=np.array(uids, np.int64)[classes], owners=owners)
 
+    def without_class(self, uid: int) -> Examples:
+        """These images without those of a class; where images may have several labels, all without that label."""
+        kept = self.class_ids != uid
+        if self.owners is None:
+            return self.rows(kept)
+        return replace(self, class_ids=self.class_ids[kept], owners=self.owners[kept])
+
+    def relabelled(self, images: np.ndarray, uids: Sequence[int]) -> Examples:
+        """These images, of which those of a mask (n,) have the labels `uids` instead of theirs."""
+        owners, rows = np.arange(len(self)) if self.owners is None else self.owners, np.flatnonzero(images)
+        kept = ~images[owners]
+        class_ids = np.append(self.class_ids[kept], np.repeat(np.array(uids, np.int64), len(rows)))
+        owners = np.append(owners[kept], np.tile(rows, len(uids)))
+        if self.owners is None:
+            return replace(self, class_ids=class_ids[np.argsort(owners)]).sorted_by_class()
+        return replace(self, class_ids=class_ids, owners=owners).sorted_by_class()
+
     def rows_of(self, uid: int) -> np.ndarray:
         """The positions of a class's images."""
         labels = np.flatnonzero(self.class_ids == uid)

@@ -17,6 +17,8 @@ from iosr_fast.methods.config import Config
 from iosr_fast.methods.tree import Path
 from iosr_fast.methods.tune import Tuning, tune
 
+NO_TREE = "several labels a picture take no tree: a node above a class can be another label of it"
+
 
 def fit_head(
     asked: Config,
@@ -63,4 +65,4 @@ def check_multi_label(asked: Config, unknown_images: Any, tree: Any) -> None:
     if unknown_images is not None:
         raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
     if tree is not None:
-        raise IosrFastError("several labels a picture take no tree: a node above a class can be another label of it")
+        raise IosrFastError(NO_TREE)

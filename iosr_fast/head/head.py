@@ -41,7 +41,7 @@ from iosr_fast.utils.text import abbreviate
 
 log = logging.getLogger(__name__)
 _ROUNDING = 1e-9  # of a share
-_OF_SUPPORT = ("support", "plan", "link", "platt", "look_alikes", "folds", "out_of_fold")  # cached properties
+OF_SUPPORT = ("support", "plan", "link", "platt", "look_alikes", "folds", "out_of_fold")  # cached properties
 _FEW = 0.7  # of a class's images: where left-out ones are judged by less, the accuracy is said to be too low
 
 
@@ -375,7 +375,7 @@ class Head:
         if (evidence := self.evidence) is not None and not evidence.stale:  # it stays evidence of this fit
             config = msgspec.structs.replace(config, evidence=msgspec.structs.replace(evidence, version=version))
         made = replace(self, config=config, version=version, calibration_images=given)
-        kept = {name: self.computed(name) for name in _OF_SUPPORT}
+        kept = {name: self.computed(name) for name in OF_SUPPORT}
         made = made.with_computed(**kept)
         new = made.calibration
         assert new is not None
@@ -427,8 +427,8 @@ class Head:
         if known.count and self.is_multi_label:
             (low, high), found = self.accuracy_range, int(known.right.sum()) / max(int(self._judged_labels.sum()), 1)
             text = (
-                f"{known.reliability.accuracy:.1%} of {len(known.labels):,} labels that {known.basis} are given are right "
-                f"(95%: {low:.0%} to {high:.0%}), {found:.1%} of their labels are found"
+                f"several labels a picture: {known.reliability.accuracy:.1%} of {len(known.labels):,} {known.basis} right "
+                f"(95%: {low:.0%} to {high:.0%}), {found:.1%} of all labels found"
             )
         elif known.count:
             accuracy, (low, high), one = known.reliability.accuracy, self.accuracy_range, self._one_by_one

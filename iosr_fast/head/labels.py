@@ -42,6 +42,14 @@ class Labels(NamedTuple):
     sets: np.ndarray | None
     numbers: Sequence[int] | None
 
+    @classmethod
+    def of(cls, read: np.ndarray, names: Sequence[str]) -> Labels:
+        """Those that a head has read (Head.read_labels)."""
+        if read.ndim == 1:
+            return cls(list(names), read, None, None)
+        sets, ids = np.unique(read, axis=0, return_inverse=True)
+        return cls(list(names), ids.reshape(-1), sets, None)
+
     @property
     def shown(self) -> list[str]:
         """The text of each id."""
@@ -66,8 +74,7 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Any) -> Labels
         numbers: Sequence[int] | None = range(indicator.shape[1]) if names_in_sets is None else None
         names = named or _names_of(names_in_sets or numbers or ())
         check_separable(names, SEPARATOR)
-        sets, ids = np.unique(indicator, axis=0, return_inverse=True)
-        return Labels(names, ids.reshape(-1), sets, numbers)
+        return Labels.of(indicator, names)._replace(numbers=numbers)
     values = _read_labels(labels, len(images))
     numbers = None
     if values and isinstance(values[0], int):

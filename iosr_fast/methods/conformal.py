@@ -214,7 +214,7 @@ def of_answers(
     pictures, classes = np.nonzero(answers)
     odds, right = logits.astype(np.float64)[pictures, classes], labels[pictures, classes]
     losses = np.logaddexp(0.0, np.where(right, -odds, odds))
-    return Judged(odds, odds[:, None], right[:, None], losses, classes, basis, units=units[pictures])
+    return Judged(odds, odds[:, None], right[:, None], losses, classes, f"labels of {basis}", units=units[pictures])
 
 
 def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
@@ -261,9 +261,9 @@ def counted_as(images: int, count: float, basis: str = "") -> str:
     """A number of images of a `basis` in words, and what they count as, if that is less.
 
     >>> counted_as(1616, 1616.0, LEFT_OUT), counted_as(1616, 545.3)
-    ('1,616 left-out support images', '1,616 (effective sample size 545: look-alikes are not independent)')
+    ('1,616 left-out support images', '1,616 (effective sample size 545: not all are independent)')
     """
-    fewer = f" (effective sample size {count:,.0f}: look-alikes are not independent)" if count < images - 0.5 else ""
+    fewer = f" (effective sample size {count:,.0f}: not all are independent)" if count < images - 0.5 else ""
     return f"{images:,}" + (f" {basis}" if basis else "") + fewer
 
 

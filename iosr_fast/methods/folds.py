@@ -214,6 +214,7 @@ class NearSupport:
     that of the median class; without a class of two images, only equal rows are near."""
 
     def __init__(self, support: SupportSet) -> None:
+        support = support if support.owners is None else support.pairs()[0]
         self._rows = image_rows(support.embeddings, "plain", None)
         self._limit = _limit(self._rows, support)
 

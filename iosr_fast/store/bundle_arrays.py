@@ -70,11 +70,12 @@ TABLE: dict[str, dict[str, Array]] = {
         "query_adapted": _embeddings("head.examples.queries.adapted", "N"),
         "unknown_plain": _embeddings("head.unknown_images.plain", "M"),
         "unknown_adapted": _embeddings("head.unknown_images.adapted", "M"),
-        "calibration_owners": Array("head.calibration_images.class_ids", "int64", "L"),
+        "calibration_owners": Array("calibration_owners", "int64", "L"),
         "calibration_plain": _embeddings("head.calibration_images.embeddings.plain", "L"),
         "calibration_adapted": _embeddings("head.calibration_images.embeddings.adapted", "L"),
         "calibration_groups": Array("head.calibration_images.groups", "int64", "L"),
         "labels": Array("labels", "uint8", "N C", limits=("0", "1")),
+        "calibration_labels": Array("calibration_labels", "uint8", "L C", limits=("0", "1")),
         "thresholds": Array("thresholds", "float32", "C", limits=("0", "1")),
     },
     # ScoringPlan checks the norms of keys and the channels of a linear term.

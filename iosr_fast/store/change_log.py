@@ -102,7 +102,7 @@ class ChangeLog:
         if snapshot and (not recent or recent.pop(0).chain != chain):
             raise DamagedFileError("its snapshot is of another log")
         try:
-            state = head_from_bytes(snapshot).require_single_label("a log") if snapshot else state
+            state = head_from_bytes(snapshot) if snapshot else state
             if state.version != version:
                 raise DamagedFileError(f"its snapshot is of version {state.version}, not {version}")
             for row in recent:

@@ -8,6 +8,7 @@ many changes is replayed at the cost of one.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -19,9 +20,11 @@ from msgspec import structs
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.head.class_tree import check_nodes
 from iosr_fast.head.examples import Examples
-from iosr_fast.head.head import Head
+from iosr_fast.head.fit import NO_TREE
+from iosr_fast.head.head import OF_SUPPORT, Head
 from iosr_fast.head.ids import class_id, example_id
-from iosr_fast.head.names import check_new_name
+from iosr_fast.head.labels import SEPARATOR
+from iosr_fast.head.names import check_new_name, check_separable
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.tree import Path
 from iosr_fast.scoring.validation import check_unit_rows
@@ -29,7 +32,7 @@ from iosr_fast.sealed.schema import Natural, Strict
 from iosr_fast.store.bundle_arrays import SUPPORT, TABLE, parts_of, value_at
 
 # What is computed of a head and knows no tree, then what knows no names of classes.
-TREELESS = ("support", "plan", "look_alikes", "folds", "out_of_fold", "calibration", "temperature", "unknown")
+TREELESS = (*OF_SUPPORT, "calibration", "temperature", "unknown")
 NAMELESS = (*TREELESS, "judged")
 _PLACES = "head.text", "head.examples."
 # The arrays that a change may bring, as a bundle names them.
@@ -79,27 +82,38 @@ class Change(Strict, frozen=True, kw_only=True, omit_defaults=True):
 
     def result_ids(self, before: Head) -> tuple[str, tuple[str, ...]]:
         """The class id, "" for none or several, and the ids of the images that it adds to or removes from `before`."""
-        fields = structs.asdict(self)
-        numbers = fields.get("numbers", ())
-        owners = before.examples.class_ids[np.isin(before.examples.ids, numbers)]
-        uids = {fields["uid"]} if "uid" in fields else {*owners.tolist()}
-        return class_id(*uids) if len(uids) == 1 else "", tuple(map(example_id, numbers))
+        uids = {*self.classes_of(before)}
+        return class_id(*uids) if len(uids) == 1 else "", tuple(map(example_id, getattr(self, "numbers", ())))
+
+    def classes_of(self, before: Head) -> Iterable[int]:
+        """The uids of the classes that it changes."""
+        return [self.uid] if hasattr(self, "uid") else []
 
 
 class AddExamples(Change, frozen=True, omit_defaults=True):
     """More support images of a class: their numbers, pictures, paths and groups, as of Examples, and in `arrays` their
-    embeddings (_to_bytes)."""
+    embeddings (_to_bytes). Where images may have several labels, they have those of the `others`, too, or with `uid`
+    None no label."""
 
     op = "add_examples"
-    uid: Natural
+    uid: Natural | None
     numbers: tuple[Natural, ...] = ()
     pictures: tuple[bytes | None, ...] = ()
     paths: tuple[str | None, ...] = ()
     groups: tuple[Natural, ...] = ()
     arrays: dict[str, bytes] = msgspec.field(default_factory=dict)
+    others: tuple[Natural, ...] = ()
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The classes of the images."""
+        return () if self.uid is None else (self.uid, *self.others)
+
+    def classes_of(self, before: Head) -> Iterable[int]:
+        return self.labels
 
     @classmethod
-    def of(cls, uid: int, added: Examples | None, text: np.ndarray | None = None, **fields: Any) -> Self:
+    def of(cls, uid: int | None, added: Examples | None, text: np.ndarray | None = None, **fields: Any) -> Self:
         """The change that adds numbered images to a class, or a class with its text embedding (D,)."""
         columns: dict[str, Any] = {}
         if added is not None:
@@ -109,7 +123,7 @@ class AddExamples(Change, frozen=True, omit_defaults=True):
         return cls(uid, **columns, arrays=_to_bytes(text, added), **fields)
 
     def apply(self, head: Head) -> Head:
-        _position(head, self)
+        _check_labels(head, self.labels)
         if not self.numbers:
             raise IosrFastError("expected images for add_examples, got none")
         return _next(head, **self._fields(head))
@@ -121,15 +135,17 @@ class AddExamples(Change, frozen=True, omit_defaults=True):
         fields = _from_bytes(self.arrays, n, head, self.op)
         rows = fields.pop("examples", {})
         if self.numbers != (*range(first, first + n),) or ("embeddings" in rows) != (n > 0):
-            raise IosrFastError(f"expected images of {class_id(self.uid)} with ids from {example_id(first)} on")
+            raise IosrFastError(f"expected images with ids from {example_id(first)} on")
         for name, least in (("pictures", n), ("paths", 0), ("groups", 0)):
             if (count := len(getattr(self, name))) not in (least, n):
                 raise IosrFastError(f"expected {name} for {n} images, got {count}")
         if not n:
             return fields
         groups = np.array(self.groups, np.int64) if self.groups else None
-        ids = np.full(n, self.uid, np.int64), np.array(self.numbers, np.int64)
-        added = Examples(rows["embeddings"], *ids, self.pictures, rows.get("queries"), groups, self.paths)
+        several = head.is_multi_label
+        class_ids, owners = np.repeat(np.array(self.labels, np.int64), n), np.tile(np.arange(n), len(self.labels))
+        columns = np.array(self.numbers, np.int64), self.pictures, rows.get("queries"), groups, self.paths
+        added = Examples(rows["embeddings"], class_ids, *columns, owners if several else None)
         if len(old) and (old.embeddings.adapted is None) != (added.embeddings.adapted is None):
             raise IosrFastError("expected adapted embeddings where the other images have them, and nowhere else")
         return {**fields, "examples": old.joined(added), "next_example": first + n}
@@ -146,15 +162,33 @@ class AddClass(AddExamples, frozen=True, kw_only=True, omit_defaults=True):
     def apply(self, head: Head) -> Head:
         if self.uid != head.next_class:
             raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got {class_id(self.uid)}")
-        check_new_name(self.name, head.class_names, saved=True)  # of a log, too
+        _check_name(head, self.name, head.class_names)
         fields = self._fields(head)
         if head.text is not None:
             if "text" not in fields:
                 raise IosrFastError("expected the text embedding of a new class, got none")
             fields["text"] = np.concatenate([head.text, fields["text"]])
         names, paths = (*head.class_names, self.name), (*head.tree.paths, self.path)
-        fields |= {"class_names": names, "uids": (*head.uids, self.uid), "next_class": self.uid + 1}
+        fields |= {"class_names": names, "uids": (*head.uids, head.next_class), "next_class": head.next_class + 1}
         return _next(head, paths=paths, **fields)
+
+
+class Relabel(Change, frozen=True, omit_defaults=True):
+    """Support images, by their numbers, that have other labels from now on: one, or where images may have several any
+    number."""
+
+    op = "relabel"
+    numbers: tuple[Natural, ...]
+    labels: tuple[Natural, ...]
+
+    def apply(self, head: Head) -> Head:
+        head.find_examples([example_id(number) for number in self.numbers])
+        _check_labels(head, self.labels)
+        chosen = np.isin(head.examples.ids, self.numbers)
+        return _next(head, examples=head.examples.relabelled(chosen, self.labels))
+
+    def classes_of(self, before: Head) -> Iterable[int]:
+        return self.labels
 
 
 class RemoveExamples(Change, frozen=True, omit_defaults=True):
@@ -167,9 +201,14 @@ class RemoveExamples(Change, frozen=True, omit_defaults=True):
         head.find_examples([example_id(number) for number in self.numbers])
         return _next(head, examples=head.examples.rows(~np.isin(head.examples.ids, self.numbers)))
 
+    def classes_of(self, before: Head) -> Iterable[int]:
+        classes: list[int] = before.examples.rows(np.isin(before.examples.ids, self.numbers)).class_ids.tolist()
+        return classes
+
 
 class RemoveClass(Change, frozen=True, omit_defaults=True):
-    """A class that goes, with its images and those of calibrate_on."""
+    """A class that goes, with its images and those of calibrate_on; where images may have several labels, these stay
+    and lose the label."""
 
     op = "remove_class"
     uid: Natural
@@ -181,7 +220,7 @@ class RemoveClass(Change, frozen=True, omit_defaults=True):
         kept = {name: _put(getattr(head, name), at) for name in ("class_names", "uids")}
         for name in ("examples", "calibration_images"):
             if (images := getattr(head, name)) is not None:
-                kept[name] = images.rows(images.class_ids != self.uid)
+                kept[name] = images.without_class(self.uid)
         text = None if head.text is None else np.delete(head.text, at, axis=0)
         return _next(head, text=text, paths=_put(head.tree.paths, at), **kept)
 
@@ -201,7 +240,7 @@ class RenameClass(Change, frozen=True, omit_defaults=True):
 
     def apply(self, head: Head) -> Head:
         at = _position(head, self)
-        check_new_name(self.name, _put(head.class_names, at), saved=True)  # of a log, too
+        _check_name(head, self.name, _put(head.class_names, at))
         names = _put(head.class_names, at, self.name)
         text = _from_bytes(self.arrays, 0, head, self.op).get("text")
         if head.text is None or text is None:
@@ -238,7 +277,7 @@ class Retune(Change, frozen=True, omit_defaults=True):
 
 
 _KINDS: dict[str, type[Change]] = {
-    kind.op: kind for kind in (AddClass, AddExamples, RemoveExamples, RemoveClass, RenameClass, MoveClass, Retune)
+    kind.op: kind for kind in (AddClass, AddExamples, Relabel, RemoveExamples, RemoveClass, RenameClass, MoveClass, Retune)
 }
 
 
@@ -254,6 +293,8 @@ def _next(head: Head, kept: tuple[str, ...] = (), **fields: Any) -> Head:
     if "paths" in fields and not any(fields["paths"]):
         fields["paths"] = None
     made = replace(head, version=head.version + 1, **fields)
+    if made.paths is not None and made.is_multi_label:
+        raise IosrFastError(NO_TREE)
     check_nodes(made.paths or (), made.class_names)
     if (reason := made.config.unavailable_reason(made.support)) is not None:
         raise IosrFastError(f"the change is refused, and nothing was changed: {reason}")
@@ -265,6 +306,21 @@ def _position(head: Head, change: Any) -> int:
     if change.uid not in head.uids:
         raise IosrFastError(f"expected a class to {change.op}, got {class_id(change.uid)}")
     return head.uids.index(change.uid)
+
+
+def _check_labels(head: Head, uids: Sequence[int]) -> None:
+    """Raise IosrFastError unless images of the head may have these labels together."""
+    several = head.is_multi_label
+    if (len(uids) != 1 and not several) or len({*uids}) < len(uids) or not {*uids} <= {*head.uids}:
+        expected = "classes that are there, each once" if several else "one class that is there"
+        raise IosrFastError(f"expected {expected}, got {', '.join(map(class_id, uids)) or 'none'}")
+
+
+def _check_name(head: Head, name: str, others: Sequence[str]) -> None:
+    """The name of a class beside those of others, of a log, too."""
+    check_new_name(name, others, saved=True)
+    if head.is_multi_label:
+        check_separable((name,), SEPARATOR)
 
 
 def _put(column: tuple[Any, ...], at: int, *value: Any) -> tuple[Any, ...]:

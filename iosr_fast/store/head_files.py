@@ -111,9 +111,12 @@ def head_from_files(facts: HeadFacts, read: Callable[[str], bytes | None]) -> He
             raise IosrFastError("expected owners that don't fall and ids that differ, got others")
         calibration = None
         if are_complete(arrays, ("calibration_owners", "calibration_plain")):
-            calibration = Examples.numbered(**of_head["calibration_images"])
+            calibration = Examples.numbered(**of_head["calibration_images"], class_ids=parts["calibration_owners"])
             _check_owners("calibration_owners", calibration, uids)
         if are_complete(arrays, ("labels", "thresholds")):
+            if calibration is not None:
+                are_complete(arrays, ("calibration_plain", "calibration_labels"))
+                calibration = calibration.labelled(parts["calibration_labels"], uids)
             check_separable(names, SEPARATOR)
             if facts.paths is not None:
                 raise IosrFastError("expected no paths of nodes where pictures may have several labels, got some")
@@ -197,11 +200,13 @@ def fingerprint(head: Head) -> str:
 def _parts(head: Head) -> dict[str, Any]:
     """What arrays are of. Where pictures may have several labels, files have an indicator of them, and owners, a class
     a picture, that say nothing."""
-    examples = head.examples
-    if examples.owners is None:
-        return {"head": head, "owners": examples.class_ids}
-    labels = {"labels": head.support.indicator, "thresholds": head.thresholds}
-    return {"head": head, "owners": np.zeros(len(examples)), **labels}
+    parts: dict[str, Any] = {"head": head, "thresholds": head.thresholds}
+    for prefix, images in (("", head.examples), ("calibration_", head.calibration_images)):
+        if images is not None and images.owners is not None:
+            parts[f"{prefix}labels"] = images.as_support(head.uids, None, head.tau).indicator
+        if images is not None:
+            parts[f"{prefix}owners"] = images.class_ids if images.owners is None else np.full(len(images), head.uids[0])
+    return parts
 
 
 # --- support images ---
@@ -255,8 +260,9 @@ def _plan(constants: Mapping[str, float | str], arrays: Mapping[str, Any], head:
     )
     if plan.key_precision not in (None, config.key_precision):
         raise IosrFastError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
-    if plan.text is not None and not math.isclose(plan.tau, config.text_weight * support.tau, rel_tol=1e-6):
-        raise IosrFastError(f"expected tau {config.text_weight * support.tau:g} in the plan, got {plan.tau:g}")
+    weight = config.text_weight * support.tau  # where pictures may have several labels, before the scale of the head
+    if plan.text is not None and support.owners is None and not math.isclose(plan.tau, weight, rel_tol=1e-6):
+        raise IosrFastError(f"expected tau {weight:g} in the plan, got {plan.tau:g}")
     return plan
 
 

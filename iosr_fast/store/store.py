@@ -14,8 +14,6 @@ from iosr_fast.store.change_log import ChangeLog
 from iosr_fast.store.changes import Change, ChangeResult
 from iosr_fast.utils.estimator import not_fitted
 
-_REFIT = "fit again with all pictures and their labels"
-
 
 class Store:
     """The fit of a classifier, its changes, and their log.
@@ -47,12 +45,6 @@ class Store:
     def _ready(self, head: Head, before: Head | None = None) -> Head:
         """The head, with its plan, and where promises are served with what these rest on (Head.with_promises)."""
         return head.with_promises(before) if self._serves else head.compiled()
-
-    def changeable(self, call: str) -> FittedClassifier:
-        """The fit. Raises IosrFastError where its head takes no changes."""
-        fit = self.fitted()
-        fit.head.require_single_label(call, _REFIT)
-        return fit
 
     def change(self, fit: FittedClassifier, make: Callable[[Head], Change]) -> ChangeResult:
         """Apply a change to the newest version of `fit`, with which something was encoded before: make the new head
@@ -104,7 +96,7 @@ class Store:
         Raises IosrFastError where one is open, and what ChangeLog.open raises.
         """
         with self.lock:
-            fit = self.changeable("open_log")
+            fit = self.fitted()
             if self.log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self.log.path}; close_log closes it")
             log, head = ChangeLog.open(path, fit.head)

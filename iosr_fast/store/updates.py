@@ -6,7 +6,7 @@ Encoding needs no lock, so that other calls go on; a Change is made under the lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from iosr_fast.head.examples import Examples
 from iosr_fast.head.fit import warn_of_look_alikes
 from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id, example_id
-from iosr_fast.head.labels import read_groups
+from iosr_fast.head.labels import Labels, read_groups
 from iosr_fast.head.names import check_new_name
 from iosr_fast.head.support_images import NONE_OF_THE_CLASSES, encode_images
 from iosr_fast.images.preprocess import as_image_list
@@ -68,7 +68,7 @@ class Changing:
         where the model reads no texts. An iterator of `images` is taken one after another, never all into memory.
         `parent` as for `move_class`. The first unreadable image is a BadImageError, and a picture that another class
         has an IosrFastError; nothing is changed then."""
-        fit = self._store.changeable("add_class")
+        fit = self._store.fitted()
         _check_name(fit.head, name, path_below(parent, fit.head.paths))
         row = _text(fit, name, text, descriptions)
         encoded = _encode(fit, images)
@@ -78,21 +78,37 @@ class Changing:
 
         def make(head: Head) -> Change:
             uid, path = head.next_class, path_below(parent, head.paths)
-            return changes.AddClass.of(uid, _numbered(encoded, head, uid), row, name=name, path=path)
+            return changes.AddClass.of(uid, _numbered(encoded, head, [uid]), row, name=name, path=path)
 
         return self._store.change(fit, make)
 
-    def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
-        """More support images of a class, by id or name; `images` as for `add_class`."""
-        fit = self._store.changeable("add_examples")
-        fit.head.find_class(name_or_id)
+    def add_examples(self, name_or_id: str | Collection[str], images: Any) -> ChangeResult:
+        """More support images of a class, by id or name; `images` as for `add_class`. Where pictures may have several
+        labels, a collection of classes, which all these pictures have; an empty one for pictures of no label."""
+        fit = self._store.fitted()
+        _find_classes(fit.head, name_or_id)
         encoded = _encode(fit, images)
         if encoded is None:
             raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
 
         def make(head: Head) -> Change:
-            uid = head.find_class(name_or_id)
-            return changes.AddExamples.of(uid, _numbered(encoded, head, uid))
+            uids = _find_classes(head, name_or_id)
+            first, *others = uids or [None]
+            return changes.AddExamples.of(first, _numbered(encoded, head, uids), others=tuple(others))
+
+        return self._store.change(fit, make)
+
+    def relabel(self, example_ids: Sequence[str], name_or_id: str | Collection[str]) -> ChangeResult:
+        """Other labels for support images, instead of theirs: a class by id or name, or a collection of them as for
+        `add_examples`. Ids and pictures stay. Refused as `remove_examples` where a class would lose its last image."""
+        listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
+        fit = self._store.fitted()
+
+        def make(head: Head) -> Change:
+            change = changes.Relabel(tuple(head.find_examples(listed)), tuple(_find_classes(head, name_or_id)))
+            chosen = np.isin(head.examples.ids, change.numbers)
+            _check_left(head, head.examples.relabelled(chosen, change.labels).class_ids)
+            return change
 
         return self._store.change(fit, make)
 
@@ -100,25 +116,19 @@ class Changing:
         """Take support images out. Refused where the method needs one that would go, and for the last image of a class
         that has no text."""
         listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
-        fit = self._store.changeable("remove_examples")
+        fit = self._store.fitted()
 
         def make(head: Head) -> Change:
             numbers = head.find_examples(listed)
-            owners = head.examples.class_ids
-            left = owners[~np.isin(head.examples.ids, numbers)]
-            if head.text is None and len(empty := np.setdiff1d(owners, left)):
-                name = head.name_of(class_id(empty[0]))
-                raise IosrFastError(
-                    f"expected an image of {name!r} to stay: this classifier knows classes by their images alone; add "
-                    "others first, or take the class out (remove_class)"
-                )
+            _check_left(head, head.examples.rows(~np.isin(head.examples.ids, numbers)).class_ids)
             return changes.RemoveExamples(tuple(numbers))
 
         return self._store.change(fit, make)
 
     def remove_class(self, name_or_id: str) -> ChangeResult:
-        """Take a class out, by id or name, with its images. Refused where fewer than two would be left."""
-        fit = self._store.changeable("remove_class")
+        """Take a class out, by id or name, with its images; where pictures may have several labels, these stay without
+        it. Refused where fewer than two would be left."""
+        fit = self._store.fitted()
         return self._store.change(fit, lambda head: changes.RemoveClass(head.find_class(name_or_id)))
 
     def rename_class(
@@ -131,7 +141,7 @@ class Changing:
     ) -> ChangeResult:
         """Another name for a class, by id or name, and so another text embedding if classes have one (`text` and
         `descriptions` as for `add_class`; earlier descriptions are not kept), unless `keep_text`; its id stays."""
-        fit = self._store.changeable("rename_class")
+        fit = self._store.fitted()
         uid = fit.head.find_class(name_or_id)
         _check_name(fit.head, name, itself=uid)
         if keep_text and (text is not None or descriptions is not None):
@@ -143,7 +153,7 @@ class Changing:
         """Another place in the tree for a class, by id or name. `parent` is a node by its name, or the path of nodes
         from the root's child down, a sequence of names, which may be new; None or () is the root. A node goes with the
         last class below it. What `max_error` promises is computed again."""
-        fit = self._store.changeable("move_class")
+        fit = self._store.fitted()
         return self._store.change(
             fit, lambda head: changes.MoveClass(head.find_class(name_or_id), path_below(parent, head.paths))
         )
@@ -161,7 +171,7 @@ class Changing:
         return self._tuned(None, None, None, None)[1]
 
     def _tuned(self, images: Any, labels: Any, method: str | None, reducer: str | None) -> tuple[Config, ChangeResult]:
-        fit = self._store.changeable("tune")
+        fit = self._store.fitted()
         asked_config(method or fit.head.config.method, reducer)
         if (images is None) != (labels is None):
             raise IosrFastError("expected validation images and their labels together, got one without the other")
@@ -205,7 +215,7 @@ class Changing:
         are left out; repeated pictures, look-alikes and those of one group count as one. At least 9 have to be left.
         Where more are siblings than independent pictures show, a LookAlikesWarning says so: take them from other
         sessions than the support. They are saved and kept by changes; those of a class that is removed go. Refused
-        with an open log, and where pictures may have several labels."""
+        with an open log."""
         fit = self._store.fitted()
         self._store.check_no_log()
         calibrated = calibrate(fit, images, labels, groups, bool(self.skip_bad))
@@ -275,16 +285,34 @@ class Changing:
 
 def calibrate(fit: FittedClassifier, images: Any, labels: Any, groups: Any, skip_bad: bool) -> FittedClassifier:
     """The next version of a fit, as of Changing.calibrate_on."""
-    head = fit.head.require_single_label("calibrate_on")
+    head = fit.head
     listed = fit.listed(images)
     settings = replace(fit.settings, thumbnail=0)
-    class_ids = fit.read_labels(listed, labels)
-    grouped = read_groups(groups, len(listed), listed, class_ids)
+    read = Labels.of(fit.read_labels(listed, labels), head.class_names)
+    grouped = read_groups(groups, len(listed), listed, read.ids)
     encoder = fit.clip.encoder_for(adapted=True)
-    encoded = encode_images(encoder, listed, settings, class_ids, head.class_names, skip_bad=skip_bad)
+    encoded = encode_images(encoder, listed, settings, read.ids, read.shown, skip_bad=skip_bad)
     if grouped is not None:
         grouped = np.delete(grouped, [error.position for error in encoded.errors])
-    return replace(fit, head=head.calibrated_on(encoded.examples.embeddings, encoded.examples.class_ids, grouped))
+    given, ids = encoded.examples.embeddings, encoded.examples.class_ids
+    return replace(fit, head=head.calibrated_on(given, ids if read.sets is None else read.sets[ids], grouped))
+
+
+def _find_classes(head: Head, given: str | Collection[str]) -> list[int]:
+    """The uids of a class, by name or id; where pictures may have several labels, of a collection of them, rising."""
+    if head.is_multi_label and isinstance(given, set | frozenset | list | tuple):
+        return sorted({head.find_class(one) for one in given})
+    return [head.find_class(given)]  # type: ignore[arg-type]  # which refuses others
+
+
+def _check_left(head: Head, left: np.ndarray) -> None:
+    """Raise IosrFastError where a class without text has no more label among those that are `left`."""
+    if head.text is None and len(empty := np.setdiff1d(head.examples.class_ids, left)):
+        name = head.name_of(class_id(empty[0]))
+        raise IosrFastError(
+            f"expected an image of {name!r} to stay: this classifier knows classes by their images alone; add "
+            "others first, or take the class out (remove_class)"
+        )
 
 
 def _encode(fit: FittedClassifier, images: Any) -> Examples | None:
@@ -297,24 +325,26 @@ def _encode(fit: FittedClassifier, images: Any) -> Examples | None:
     return replace(examples, groups=groups) if len(examples) else None
 
 
-def _numbered(encoded: Examples | None, head: Head, uid: int) -> Examples | None:
-    """New support images of a class, numbered after those of the head. Raises IosrFastError for a picture that is a
-    support image of another class, or one of none: the same picture has the same embedding."""
+def _numbered(encoded: Examples | None, head: Head, uids: list[int]) -> Examples | None:
+    """New support images of these classes, numbered after those of the head. Raises IosrFastError for a picture that is
+    a support image of others, or one of none: the same picture has the same embedding."""
     if encoded is None:
         return None
-    others = head.examples.rows(head.examples.class_ids != uid)
-    for new, other in _same_pictures(encoded.embeddings, others.as_queries):
-        owner = class_id(others.class_ids[other])
-        raise _second_label(new, f"{head.name_of(owner)!r} ({owner}) has as {example_id(others.ids[other])!r}")
+    examples = head.examples
+    for new, other in _same_pictures(encoded.embeddings, examples.as_queries):
+        if (owners := [class_id(uid) for uid in examples.uids_of(other)]) != [class_id(uid) for uid in uids]:
+            named = " and ".join(f"{head.name_of(owner)!r} ({owner})" for owner in owners) or "no label"
+            raise _second_label(new, f"{named} has as {example_id(examples.ids[other])!r}", head.is_multi_label)
     if head.unknown_images is not None:
         for new, _ in _same_pictures(encoded.embeddings, head.unknown_images):
             raise _second_label(new, f"is an unknown image, of {NONE_OF_THE_CLASSES}")
-    classes = np.full(len(encoded), uid, np.int64)
-    return replace(encoded, class_ids=classes, ids=head.next_example + np.arange(len(encoded)))
+    return replace(encoded, ids=head.next_example + np.arange(len(encoded)))
 
 
-def _second_label(image: int, other: str) -> IosrFastError:
+def _second_label(image: int, other: str, relabel: bool = False) -> IosrFastError:
     fix = "leave it out, or take it out there first (remove_examples, or another fit)"
+    if relabel:
+        fix = "leave it out, or give that one all its labels (relabel)"
     return IosrFastError(f"expected one label for a picture, got image number {image}, which {other}: {fix}")
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from iosr_fast import Classifier, FewShotHead
 from iosr_fast.encoders.opened_model import OpenedModel
-from iosr_fast.methods.suggest import entropy, suggest
+from iosr_fast.methods.links import Softmax
+from iosr_fast.methods.suggest import suggest
 from tests.classifier.conftest import NAMES
 from tests.methods.support_sets import Clusters
 
@@ -83,5 +84,5 @@ def test_a_head_names_positions_in_x() -> None:
     assert {one.image: one.suggested for one in wrong} == {4: names[9], 9: names[4]}
     queries = Clusters(10).queries(10, seed=5)[0].plain
     logits = head.snapshot().calibrated(head.decision_function(queries))
-    expected = suggest(queries, 7, entropy(logits))
+    expected = suggest(queries, 7, Softmax().entropy(logits))
     np.testing.assert_array_equal(head.suggest(queries, 7).rows, expected.rows)

@@ -15,7 +15,7 @@ RUNS = 1_000
 
 def runs(rate: float, max_error: float, checks: int) -> list[CheckedPromise]:
     wrong = np.random.default_rng(int(1e4 * rate)).random((RUNS, checks)) < rate
-    return [checked(row, max_error) for row in wrong]  # type: ignore[arg-type]
+    return [checked(row[:, None].tolist(), max_error) for row in wrong]
 
 
 @pytest.mark.parametrize("max_error", [0.01, 0.05, 0.1])
@@ -39,17 +39,20 @@ def test_the_value_is_the_mean_of_likelihood_ratios_and_the_largest_stays() -> N
     for n in range(1, 5):
         ratios = [np.prod([(r if one else 1 - r) / (0.05 if one else 0.95) for one in wrong[:n]]) for r in rates]
         values.append(float(np.mean(ratios)))
-    found = checked(wrong, 0.05)
+    found = checked([[one] for one in wrong], 0.05)
     assert found.e_value == pytest.approx(max(values)) and found.at == (3, 2) and (found.checks, found.wrong) == (4, 2)
-    assert checked([True] * 50 + [False] * 5_000, 0.05).refuted
-    assert checked([True] * 10_000, 0.001).refuted  # no overflow
+    assert checked([[True]] * 50 + [[False]] * 5_000, 0.05).refuted
+    assert checked([[True]] * 10_000, 0.001).refuted  # no overflow
     assert checked([], 0.05) == CheckedPromise(0.05, 0, 0, 1.0, (0, 0))
 
 
 def test_answers_are_compared_with_labels_and_those_withheld_say_nothing() -> None:
     answers, labels = np.array(["a", None, "b", "a"], object), np.array(["a", "b", "a", "c"])
-    assert check(answers, labels, 0.1) == checked([False, True, True], 0.1)
+    assert check(answers, labels, 0.1) == checked([[False], [True], [True]], 0.1)
     assert check([3, 4], [3, 5], 0.1).wrong == 1
+    several = check([{"a", "b"}, set(), {"c"}], [{"a"}, {"a"}, {"c", "d"}], 0.1)  # a picture counts once
+    assert several == checked([[False, True], [False]], 0.1) and (several.checks, several.wrong) == (3, 1)
+    assert 1 < several.e_value < check(["b", "c"], ["a", "c"], 0.1).e_value
     said = "of 1 accepted label that you checked 0 were wrong: no sign that more than 0.5% are"
     assert str(check(["a"], ["a"], 0.005)) == said
     with pytest.raises(IosrFastError, match="a label for each answer, got 1 labels and 2 answers"):

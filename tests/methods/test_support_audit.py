@@ -12,8 +12,9 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.label_noise import fit_label_noise
+from iosr_fast.methods.links import Softmax
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
-from iosr_fast.methods.suggest import entropy, suggest
+from iosr_fast.methods.suggest import suggest
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from tests.methods.support_sets import Clusters, unit
@@ -123,7 +124,7 @@ def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
 def test_classes_that_no_known_class_explains_come_first() -> None:
     images, labels = Clusters(10, width=32, noise=0.5).queries(20)
     known = images.plain[labels < 5][::20]
-    first = labels[suggest(images.plain, 10, entropy(30.0 * images.plain @ known.T)).rows[:5]]
+    first = labels[suggest(images.plain, 10, Softmax().entropy(30.0 * images.plain @ known.T)).rows[:5]]
     assert (first >= 5).all() and len(np.unique(first)) >= 3
 
 

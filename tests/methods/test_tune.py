@@ -103,7 +103,7 @@ def test_given_parameters_get_the_factor_that_lowers_the_log_loss(method: str, s
     before, after = (score(plan, queries) for plan in (asked.compile(support), tune(asked, support)[2]))
     best = min(log_loss(before * one, labels) for one in np.geomspace(1e-3, 1e3, 200))
     assert log_loss(after, labels) < min(max(1.35 * best, best + 0.15), log_loss(before, labels) + 0.02)
-    config, _, plan, _ = tune(asked, support, tuning="none")
+    config, _, plan = tune(asked, support, tuning="none")
     assert config == asked.complete and np.array_equal(score(plan, queries), before)
 
 
@@ -178,7 +178,7 @@ def test_weights_are_those_of_a_unit_of_spread() -> None:
     logits, queries = [], SMALL.queries(20)[0]
     for tau in (30.0, 300.0):
         support = SMALL.support([4] * 8, tau=tau)
-        config, _, plan, _ = tune(Config(method="stack"), support)
+        config, _, plan = tune(Config(method="stack"), support)
         left_out = out_of_fold(config.entry, support, make_folds(support), None, config.parameters)
         assert log_loss(left_out.logits, left_out.labels) == pytest.approx(config.evidence.log_loss, rel=1e-4)
         np.testing.assert_array_equal(score(plan, queries), score(config.compile(support), queries))
