@@ -41,7 +41,7 @@ def one_file(fit: FittedClassifier, abstention: Abstention, source: Source = "pi
     """The onnx.ModelProto of Classifier.export. Raises IosrFastError for what one file can't hold or promise."""
     if source not in get_args(Source):
         raise IosrFastError(f"expected source to be 'picture' or 'pixels', got {source!r}")
-    head, engine = fit.head.require_single_label("export"), check_engine_graph(fit.clip.encoder.source)
+    head, engine = fit.head, check_engine_graph(fit.clip.encoder.source)
     onnx = require("onnx", "cpu")
     abstention.check(head)
     least = unknown = tree = promise = None
@@ -52,7 +52,8 @@ def one_file(fit: FittedClassifier, abstention: Abstention, source: Source = "pi
     if abstention.keep is not None:
         unknown, threshold = head.unknown, head.unknown.threshold(abstention.keep)
     plan = head.plan.scaled(1.0 / head.temperature)
-    model = make_graph(engine, Answers(plan, head.needs_adapted, least, unknown, threshold, tree), source)
+    answers = Answers(plan, head.needs_adapted, least, unknown, threshold, tree, head.thresholds)
+    model = make_graph(engine, answers, source)
     names = head.class_names if tree is None else head.node_names
     facts = {
         "max_error": abstention.max_error,
@@ -118,12 +119,13 @@ def check_answers(
     head = fit.head
     verdict = judge(head, encoder.encode(to_pixels(pictures, encoder.geometry)), abstention)
     expected = head.probabilities(verdict.logits)
-    labels, classes = np.stack([verdict.labels, got["label"]], 1), np.arange(expected.shape[1])
-    masses = (expected[:, None] * head.tree.holds(labels[:, :, None], classes)).sum(2)
-    differences = {
-        "probabilities": got["probabilities"] - expected,
-        "label": np.append(np.diff(masses), np.diff(head.tree.level_of[labels])),
-    }
+    differences = {"probabilities": got["probabilities"] - expected}
+    if head.thresholds is not None:
+        differences["labels"] = (got["labels"] ^ verdict.labels) * (expected - head.thresholds)
+    else:
+        labels, classes = np.stack([verdict.labels, got["label"]], 1), np.arange(expected.shape[1])
+        masses = (expected[:, None] * head.tree.holds(labels[:, :, None], classes)).sum(2)
+        differences["label"] = np.append(np.diff(masses), np.diff(head.tree.level_of[labels]))
     if verdict.accepted is not None:
         differences["accepted"] = got["accepted"] ^ verdict.accepted
     if verdict.unknown_score is not None:

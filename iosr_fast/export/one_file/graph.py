@@ -39,6 +39,8 @@ class Answers:
     adapted     whether adapted embeddings are needed
     least_odds  the least log p / (1 - p) of an accepted label; None where no promise was asked for
     tree        whose nodes an accepted label may be; None for the classes alone
+    thresholds  where pictures may have several labels, of each class the probability from which a picture has it, (C,);
+                else None
     unknown     with the `threshold` above which a picture is rejected; None where none is
     """
 
@@ -48,6 +50,7 @@ class Answers:
     unknown: Unknown | None = None
     threshold: float = np.inf
     tree: Tree | None = None
+    thresholds: np.ndarray | None = None
 
 
 def check_engine_graph(engine: VerifiedFolder | None) -> VerifiedFolder:
@@ -101,6 +104,15 @@ def add_answers(answers: Answers, embeddings: Mapping[str, Value]) -> None:
     """Add the outputs of the graph, by "plain" and "adapted" `embeddings` (B, D), as far as they are needed."""
     n_classes = answers.plan.n_classes
     logits = logits_of(answers.plan, embeddings)
+    if answers.thresholds is not None:
+        probabilities = logits.op("Sigmoid", name="probabilities")
+        least = np.log(answers.thresholds) - np.log1p(-answers.thresholds)
+        outputs = [probabilities.info(n_classes), logits.op("GreaterOrEqual", least, name="labels").info(n_classes)]
+        if answers.least_odds is not None:
+            least = np.maximum(least, answers.least_odds)
+            outputs.append(logits.op("GreaterOrEqual", least, name="accepted").info(n_classes))
+        logits.graph.output.extend(outputs)
+        return
     probabilities = logits.op("Softmax", axis=1, name="probabilities")
     label = logits.op("ArgMax", axis=1, keepdims=0, name="label" if answers.tree is None else None)
     outputs, accepted, node = [], None, label
