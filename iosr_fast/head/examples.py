@@ -85,7 +85,9 @@ class Examples:
 
     def uids_of(self, row: int) -> list[int]:
         """The classes of an image, rising: one, or where images may have several labels any number."""
-        labels: np.ndarray = self.class_ids[row : row + 1] if self.owners is None else self.class_ids[self.owners == row]
+        labels: np.ndarray = (
+            self.class_ids[row : row + 1] if self.owners is None else self.class_ids[self.owners == row]
+        )
         return labels.tolist()
 
     def rows(self, chosen: np.ndarray) -> Examples:

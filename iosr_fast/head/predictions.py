@@ -172,7 +172,9 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
         if not len(classes) or (verdict.rejected is not None and verdict.rejected[b]):
             fields |= {"label": None, "class_id": None}
         else:
-            fields |= _node_fields(head, int(classes[0]) if head.is_multi_label else int(verdict.labels[b]), parts[0][b])
+            fields |= _node_fields(
+                head, int(classes[0]) if head.is_multi_label else int(verdict.labels[b]), parts[0][b]
+            )
         predictions.append(Prediction(**fields))
     return predictions
 

@@ -277,7 +277,8 @@ class Retune(Change, frozen=True, omit_defaults=True):
 
 
 _KINDS: dict[str, type[Change]] = {
-    kind.op: kind for kind in (AddClass, AddExamples, Relabel, RemoveExamples, RemoveClass, RenameClass, MoveClass, Retune)
+    kind.op: kind
+    for kind in (AddClass, AddExamples, Relabel, RemoveExamples, RemoveClass, RenameClass, MoveClass, Retune)
 }
 
 

@@ -20,15 +20,11 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.tables import CsvTable, row_of
-from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.tune import tune
-from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http import server
-from iosr_fast.serving.http.settings import Settings
 from iosr_fast.store.bundle import load
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.description import describe

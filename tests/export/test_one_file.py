@@ -123,7 +123,9 @@ def test_several_labels_are_those_of_the_library(tmp_path: Path) -> None:
     probabilities, given = classifier.predict_proba(pictures), set[tuple[int, int]]()
     for runtime in ("onnxruntime", "openvino"):
         execute = opened(file, runtime)
-        for picture, one, expected in zip(pictures, classifier.explain(pictures, max_error=0.2), probabilities, strict=True):
+        for picture, one, expected in zip(
+            pictures, classifier.explain(pictures, max_error=0.2), probabilities, strict=True
+        ):
             got = execute({"picture": picture[None]})
             np.testing.assert_allclose(got["probabilities"][0], expected, atol=5e-3)
             assert {*names[got["labels"][0]]} == {label for label, _ in one.pairs}
