@@ -85,10 +85,9 @@ class Examples:
 
     def uids_of(self, row: int) -> list[int]:
         """The classes of an image, rising: one, or where images may have several labels any number."""
-        labels: np.ndarray = (
-            self.class_ids[row : row + 1] if self.owners is None else self.class_ids[self.owners == row]
-        )
-        return labels.tolist()
+        labels = slice(row, row + 1) if self.owners is None else self.owners == row
+        uids: list[int] = self.class_ids[labels].tolist()
+        return uids
 
     def rows(self, chosen: np.ndarray) -> Examples:
         """Some of the images, by index or mask."""

@@ -426,10 +426,8 @@ class Head:
         known, evidence = self.judged, self.evidence
         if known.count and self.is_multi_label:
             (low, high), found = self.accuracy_range, int(known.right.sum()) / max(int(self._judged_labels.sum()), 1)
-            text = (
-                f"several labels a picture: {known.reliability.accuracy:.1%} of {len(known.labels):,} {known.basis} right "
-                f"(95%: {low:.0%} to {high:.0%}), {found:.1%} of all labels found"
-            )
+            right = f"{known.reliability.accuracy:.1%} of {len(known.labels):,} {known.basis} right"
+            text = f"several labels a picture: {right} (95%: {low:.0%} to {high:.0%}), {found:.1%} of all labels found"
         elif known.count:
             accuracy, (low, high), one = known.reliability.accuracy, self.accuracy_range, self._one_by_one
             images, interval = f"{len(known.labels):,} {known.basis}", f"(95%: {low:.0%} to {high:.0%})"
