@@ -56,8 +56,8 @@ def compare_with_support(
     session show other things each."""
     plain = Embeddings(images.plain)
     if support.owners is not None:
-        of_own = make_folds(make_support_set(plain, labels, None, support.tau, groups=groups)).units
-        return Beside(NearSupport(support)(images.plain), np.zeros(len(labels), bool), of_own)
+        units = make_folds(make_support_set(plain, labels, None, support.tau, groups=groups)).units
+        return Beside(NearSupport(support)(images.plain), np.zeros(len(labels), bool), units)
     order = np.argsort(labels, kind="stable")
     own = make_support_set(plain, labels, None, support.tau, support.n_classes, groups=groups)
     near, siblings, of_own = NearSupport(support)(images.plain), np.zeros(len(labels), bool), None

@@ -72,7 +72,8 @@ class Prediction:
     over its classes, and a node above classes has no class_id. `nearest` are the support images with the largest
     cosines, best first. `unknown` is None unless it was asked for; `label` and `class_id` are None for a picture that
     is rejected. `accepted` is whether a promise about errors lets the label pass without a look, None unless it was
-    asked for; where pictures may have several labels, a tuple, of each of `top`. The other fields are those of the class with the largest logit (ClassScore).
+    asked for; where pictures may have several labels, a tuple, of each of `top`. The other fields are those of the
+    class with the largest logit (ClassScore).
 
     >>> from iosr_fast import Classifier
     >>> classifier = Classifier("demo", method="tip-adapter++").fit_folder("support")
@@ -149,7 +150,7 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
     """
     logits = verdict.logits
     embeddings = embeddings.to_numpy()
-    unasked = [None] * len(logits)
+    unasked: list[Any] = [None] * len(logits)
     rejections = verdict.rejections or unasked
     accepted = unasked if verdict.accepted is None else verdict.accepted.tolist()
     zero_shot = np.zeros_like(logits)
@@ -167,14 +168,13 @@ def explained(head: Head, embeddings: Embeddings, verdict: Verdict, top: int, ne
         scores = tuple(ClassScore(names[c], ids[c], *row) for c, *row in zip(shown.tolist(), *columns, strict=True))
         fields = {**vars(scores[0]), "top": scores[: len(classes)], "nearest": neighbours[b], "version": head.version}
         fields |= {"unknown": rejections[b], "accepted": accepted[b]}
-        if head.is_multi_label and accepted[b] is not None:
-            fields["accepted"] = tuple(accepted[b][c] for c in classes.tolist())
+        if isinstance(one := accepted[b], list):
+            fields["accepted"] = tuple(one[c] for c in classes.tolist())
         if not len(classes) or (verdict.rejected is not None and verdict.rejected[b]):
             fields |= {"label": None, "class_id": None}
         else:
-            fields |= _node_fields(
-                head, int(classes[0]) if head.is_multi_label else int(verdict.labels[b]), parts[0][b]
-            )
+            node = shown[0] if head.is_multi_label else verdict.labels[b]
+            fields |= _node_fields(head, int(node), parts[0][b])
         predictions.append(Prediction(**fields))
     return predictions
 

@@ -70,8 +70,8 @@ def check(
 ) -> CheckedPromise:
     """What right `labels` (B,) of pictures say of `answers` (B,), which `predict(pictures, max_error=max_error)` gave:
     whether more than a share `max_error` of the labels that it accepted is wrong. Answers are labels, or sets of them;
-    pictures without an answer (None) say nothing. An answer that is a node of a tree above the label is right; `above` has the names of the nodes above each
-    label.
+    pictures without an answer (None) say nothing. An answer that is a node of a tree above the label is right; `above`
+    has the names of the nodes above each label.
 
     Give a random sample of what was accepted, each picture once, in the order in which they were checked, with all that
     were checked before: one may look after each check, and stop whenever one likes. What somebody corrects because it

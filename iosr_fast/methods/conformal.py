@@ -78,8 +78,8 @@ class Judged:
     basis       what these images are, as of Reliability
     weights     (V,) float64, what each image counts, as images of a burst may be right or wrong together
                 (folds.unit_weights); None: each counts 1
-    units       where pictures may have several labels (`of_answers`): V answers in place of images, and the unit (V,) of
-                the picture of each, as of folds.Folds; else None
+    units       where pictures may have several labels (`of_answers`), with V answers in place of images: the unit (V,)
+                of the picture of each, as of folds.Folds; else None
     """
 
     label_odds: np.ndarray

@@ -33,8 +33,8 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None) -> Sugg
     """n images of B to label next: the most typical image of each of n clusters of equal weight.
 
     `rows` (B, D) are embeddings of unit length, centred here and scaled again. `weights` (B,) >= 0, without unit: how
-    much an image's label is worth, the entropy of a classifier's answers (links); None: all are worth the same, for a start
-    without labels. Greedy k-means++ draws n centres, the same each time; at most 20 rounds of
+    much an image's label is worth, the entropy of a classifier's answers (links); None: all are worth the same, for a
+    start without labels. Greedy k-means++ draws n centres, the same each time; at most 20 rounds of
 
         clusters   = the nearest centre that has room: one of total weight sum(weights) / n
         centre[k]  = mean of the rows of cluster k, by weights

@@ -161,7 +161,7 @@ class AddClass(AddExamples, frozen=True, kw_only=True, omit_defaults=True):
 
     def apply(self, head: Head) -> Head:
         if self.uid != head.next_class:
-            raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got {class_id(self.uid)}")
+            raise IosrFastError(f"expected a new class {class_id(head.next_class)}, got one of number {self.uid}")
         _check_name(head, self.name, head.class_names)
         fields = self._fields(head)
         if head.text is not None:

@@ -93,8 +93,8 @@ class Changing:
 
         def make(head: Head) -> Change:
             uids = _find_classes(head, name_or_id)
-            first, *others = uids or [None]
-            return changes.AddExamples.of(first, _numbered(encoded, head, uids), others=tuple(others))
+            added = _numbered(encoded, head, uids)
+            return changes.AddExamples.of(uids[0] if uids else None, added, others=tuple(uids[1:]))
 
         return self._store.change(fit, make)
 

@@ -350,7 +350,7 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator, tmp_path:
     with pytest.raises(IosrFastError, match="not among the 5 class names"):
         by_sets.score(X, [{"eel"}] * len(X))
     for call in (lambda: by_sets.unknown_score(X), lambda: by_sets.predict(X, unknown="reject")):
-        with pytest.raises(IosrFastError, match="^unknown is for one label a picture"):
+        with pytest.raises(IosrFastError, match=r"^unknown is for one label a picture"):
             call()
     assert by_sets.fit(X, [min(one, default="none") for one in sets]).predict(X).dtype.kind == "U"  # one label again
 
