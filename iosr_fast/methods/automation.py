@@ -145,9 +145,10 @@ def _counts(images: Judged, least: float) -> np.ndarray:
 def check_promise(left_out: Judged, max_error: float) -> None:
     """Raise IosrFastError where even V right labels are too few to promise `max_error`."""
     if left_out.count < (needed := images_needed_for(max_error)) - _FRACTION:
+        counted = counted_as(len(left_out.labels), left_out.count, of=left_out.basis)
         raise IosrFastError(
             f"a promise of at most {max_error:.4g} wrong labels needs at least {needed} "
-            f"{left_out.basis}, got {counted_as(len(left_out.labels), left_out.count)}: give more pictures of each "
+            f"{left_out.basis}, got {counted}: give more pictures of each "
             "class, at least two, or promise less"
         )
 

@@ -19,8 +19,8 @@ from iosr_fast.utils.text import abbreviate
 ClassNames = Sequence[Any] | np.ndarray
 BINS = 10
 COVERAGE = 0.9
-# What promises rest on.
-LEFT_OUT, CALIBRATION = "left-out support images", "images of calibrate_on"
+# What promises rest on; where pictures may have several labels, on labels of these.
+LEFT_OUT, CALIBRATION, LABELS_OF = "left-out support images", "images of calibrate_on", "labels of "
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +214,7 @@ def of_answers(
     pictures, classes = np.nonzero(answers)
     odds, right = logits.astype(np.float64)[pictures, classes], labels[pictures, classes]
     losses = np.logaddexp(0.0, np.where(right, -odds, odds))
-    return Judged(odds, odds[:, None], right[:, None], losses, classes, f"labels of {basis}", units=units[pictures])
+    return Judged(odds, odds[:, None], right[:, None], losses, classes, LABELS_OF + basis, units=units[pictures])
 
 
 def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
@@ -257,13 +257,15 @@ def threshold(scores: np.ndarray, share: float, basis: str = LEFT_OUT, weights: 
     return float(scores[order[rank - 1]])
 
 
-def counted_as(images: int, count: float, basis: str = "") -> str:
-    """A number of images of a `basis` in words, and what they count as, if that is less.
+def counted_as(images: int, count: float, basis: str = "", of: str = "") -> str:
+    """A number of images of a `basis` in words, and what they count as, if that is less. `of` is a basis that is not
+    said again.
 
     >>> counted_as(1616, 1616.0, LEFT_OUT), counted_as(1616, 545.3)
-    ('1,616 left-out support images', '1,616 (effective sample size 545: not all are independent)')
+    ('1,616 left-out support images', '1,616 (effective sample size 545: look-alikes are not independent)')
     """
-    fewer = f" (effective sample size {count:,.0f}: not all are independent)" if count < images - 0.5 else ""
+    what = "labels of one picture" if (basis or of).startswith(LABELS_OF) else "look-alikes"
+    fewer = f" (effective sample size {count:,.0f}: {what} are not independent)" if count < images - 0.5 else ""
     return f"{images:,}" + (f" {basis}" if basis else "") + fewer
 
 

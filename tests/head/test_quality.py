@@ -200,7 +200,7 @@ def test_pictures_of_a_burst_count_once_in_intervals_and_judgements(measured: An
     for four, one in zip(found.promises, once.promises, strict=True):
         assert (four.accepted, four.wrong, four.explained) == (4 * one.accepted, 4 * one.wrong, 4 * one.explained)
         assert four.judgement == one.judgement and four.share == pytest.approx(one.share)
-    said = f"{once.accuracy:.1%} of 240 images (effective sample size 60: not all are independent) are right, "
+    said = f"{once.accuracy:.1%} of 240 images (effective sample size 60: look-alikes are not independent) are right, "
     assert found.summary().startswith(f"{said}{once.accuracy:.1%} if a burst counts once (95%: ")
     assert found.to_dict()["effective_images"] == 60
     page = evaluation_page(found, lambda _: None, "title")

@@ -83,7 +83,7 @@ def test_a_promise_says_its_counts() -> None:
     assert said[1] == "0 of 30 accepted labels are wrong; a judgement needs 299 accepted labels"
     (burst,) = judge_promises([0.1], np.array([[90, 12]]), np.array([[30.0, 2.0]]))
     assert str(burst) == (
-        "12 of 90 accepted labels (effective sample size 30: not all are independent) are wrong "
+        "12 of 90 accepted labels (effective sample size 30: look-alikes are not independent) are wrong "
         "(6.7% if a burst counts once); up to 18 wrong would still agree with the promise of 10%"
     )
     assert judge_promises([0.1], np.array([[0, 0]]), np.zeros((1, 2))) == ()
