@@ -39,7 +39,6 @@ class Weights(NamedTuple):
     weights: np.ndarray
     loss: float
     bias: np.ndarray | None = None
-    common: float = 0.0
 
 
 def newton(
@@ -265,7 +264,7 @@ def fit_binary(
     common = float(point[k] - point[:k] @ centres.ravel())
     bias = np.full(len(used), common)
     bias[used] += point[k + 1 :]
-    return Weights(point[:k], loss / max(y.size, 1), bias, common)
+    return Weights(point[:k], loss / max(y.size, 1), bias)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

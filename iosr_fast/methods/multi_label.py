@@ -8,6 +8,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from iosr_fast.methods.config import Config, Evidence
+from iosr_fast.methods.links import Platt
 from iosr_fast.methods.log_loss import fit_binary
 from iosr_fast.methods.models.gaussian import CentredGaussianModel
 from iosr_fast.methods.models.model import TextModel
@@ -82,7 +83,8 @@ def fit_multi_label(held_out: HeldOut, asked: Config, searched: bool, seconds: f
         evidence = Evidence(protocol="loo", average_precision=precision, log_loss=best.loss, settings=len(stacks))
     factor = 1.0 if entry.is_stack else best.full_weights["text"]
     config = replace(best.config(asked, evidence), factor=factor)
-    return config, best.plan(support.n_classes)
+    platt = Platt.fit(best.logits, held_out.labels, judged)
+    return config, platt.applied_to(best.plan(support.n_classes))
 
 
 def _settings(asked: Config, support: SupportSet, searched: bool, seconds: float, judged: bool) -> list[Setting]:
@@ -101,12 +103,12 @@ def _settings(asked: Config, support: SupportSet, searched: bool, seconds: float
 
 
 def _weighted(stack: Stack, labels: np.ndarray, judged: np.ndarray) -> Stack:
-    """The stack with the weights and biases of images with these labels (N, C)."""
+    """The stack with the weights of images with these labels (N, C)."""
     parts = stack.parts
     if judged.any():
         fit = fit_binary([part.scaled for part in parts.values()], labels, judged)
         weights = dict(zip(parts, fit.weights.tolist(), strict=True))
-        stack = dataclasses.replace(stack, weights=weights, bias=fit.bias, loss=fit.loss)
+        stack = dataclasses.replace(stack, weights=weights, loss=fit.loss)
     else:
         stack = _by_rule(stack, labels)
     if any(stack.weights.values()):
@@ -115,16 +117,10 @@ def _weighted(stack: Stack, labels: np.ndarray, judged: np.ndarray) -> Stack:
 
 
 def _by_rule(stack: Stack, labels: np.ndarray) -> Stack:
-    """Weights and biases where no class has two images, so that no term of images can be judged (fit_multi_label)."""
-    labelled = int(labels.sum())
-    spread = _ONE_SHOT_SPREAD
-    common = float(np.log(labelled / max(labels.size - labelled, 0.5)))  # 0.5: every image has every label
-    loss = float("inf")
+    """Weights where no class has two images, so that no term of images can be judged (fit_multi_label)."""
+    spread, loss = _ONE_SHOT_SPREAD, float("inf")
     if "text" in stack.parts:
         fit = fit_binary([stack.parts["text"].scaled], labels, np.ones(labels.shape[1], bool), _FIRM)
-        spread = float(fit.weights[0])
-        common = fit.common
-        loss = fit.loss
-    shift = sum(spread * float(part.scaled.mean()) for name, part in stack.parts.items() if name != "text")
+        spread, loss = float(fit.weights[0]), fit.loss
     weights = {name: 0.0 if "discriminant" in name else spread for name in stack.parts}
-    return dataclasses.replace(stack, weights=weights, bias=np.full(labels.shape[1], common - shift), loss=loss)
+    return dataclasses.replace(stack, weights=weights, loss=loss)

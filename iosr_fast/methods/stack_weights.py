@@ -56,20 +56,19 @@ _NOT_NONE = 0.3
 class Stack:
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
-    `parts` are named by the stack's parameters; `setting` has those that are no weights; `bias` (C,) is added.
+    `parts` are named by the stack's parameters; `setting` has those that are no weights.
     """
 
     parts: Mapping[str, Part]
     weights: Mapping[str, float]
     setting: Setting
     loss: float = np.inf
-    bias: np.ndarray | None = None
 
     @property
     def logits(self) -> np.ndarray:
         """(V, C) of the held-out images."""
         total: np.ndarray = np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
-        return total if self.bias is None else total + self.bias
+        return total
 
     @property
     def plain(self) -> Stack:
@@ -82,11 +81,10 @@ class Stack:
         return {name: self.weights[name] / part.spread_full for name, part in self.parts.items()}
 
     def plan(self, n_classes: int) -> ScoringPlan:
-        """The sum of the parts that have a weight, of the models that were fitted to judge them, and the bias."""
+        """The sum of the parts that have a weight, of the models that were fitted to judge them."""
         weights = self.full_weights
-        fields = {} if self.bias is None else {"bias": self.bias}
         terms = ((weights[name], part.model.fields()) for name, part in self.parts.items() if weights[name] > 0)
-        return join_terms(n_classes, terms, **fields)
+        return join_terms(n_classes, terms)
 
     def config(self, asked: Config, evidence: Evidence) -> Config:
         """The config of the method that is `asked` for, or of the plain one where adapted embeddings have no part."""
