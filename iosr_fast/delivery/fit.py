@@ -54,8 +54,7 @@ def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], 
     settings = SupportSettings(**{name: parameters[name] for name in names}, thumbnail=parameters["thumbnails"])
     listed = [] if images is None else as_image_list(images)
     known = check_labels(listed, labels, class_names)
-    # Parts of one picture are one session, whatever sets of labels they have.
-    grouped = read_groups(groups, len(listed), listed, known.ids if known.sets is None else 0 * known.ids)
+    grouped = read_groups(groups, len(listed), listed, known.sessions)
     if known.sets is not None:
         check_multi_label(asked, unknown_images, tree)
         if choose_engine:

@@ -57,6 +57,12 @@ class Labels(NamedTuple):
             return self.names
         return [SEPARATOR.join(np.array(self.names)[row]) for row in self.sets]
 
+    @property
+    def sessions(self) -> np.ndarray:
+        """(N,) what parts of one picture share as of one session (`read_groups`): their class, or where images may have
+        several labels anything."""
+        return self.ids if self.sets is None else np.zeros_like(self.ids)
+
     def counts(self, ids: np.ndarray) -> np.ndarray:
         """(C,) how many images with these ids have the label of each class."""
         if self.sets is None:

@@ -289,7 +289,7 @@ def calibrate(fit: FittedClassifier, images: Any, labels: Any, groups: Any, skip
     listed = fit.listed(images)
     settings = replace(fit.settings, thumbnail=0)
     read = Labels.of(fit.read_labels(listed, labels), head.class_names)
-    grouped = read_groups(groups, len(listed), listed, read.ids)
+    grouped = read_groups(groups, len(listed), listed, read.sessions)
     encoder = fit.clip.encoder_for(adapted=True)
     encoded = encode_images(encoder, listed, settings, read.ids, read.shown, skip_bad=skip_bad)
     if grouped is not None:
