@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.head.labelled_images import labelled_images
+from iosr_fast.head.labelled_images import labelled_images, labels_among
 
 
 def choice(*names: str, question: str = "tags", **value: Any) -> dict[str, Any]:
@@ -74,6 +74,16 @@ def test_one_choice_each_is_one_label_a_picture(tmp_path: Path, caplog: pytest.L
     assert read(tmp_path, *tasks) == {"1.jpg": "cat", "2.jpg": "dog"} and not caplog.messages
     assert read(tmp_path, *tasks, task("3.jpg", annotation())) == {"1.jpg": {"cat"}, "2.jpg": {"dog"}, "3.jpg": set()}
     assert "pictures may have several labels, as 1 of 3 have none" in caplog.text
+
+
+def test_a_classifier_of_several_labels_takes_one_each_and_of_keywords_its_classes(tmp_path: Path) -> None:
+    read(tmp_path, task("1.jpg", annotation(choice("cat"))), task("2.jpg", annotation(choice("dog"))))
+    found = labelled_images(tmp_path / "export.json", root=tmp_path)
+    assert labels_among(found, ["cat"], False, None) is found
+    assert labels_among(found, ["cat", "dog"], True, None).labels == [{"cat"}, {"dog"}]
+    assert labels_among(found, ["cat"], True, "tagged")[1:3] == ([{"cat"}, set()], ["cat"])
+    with pytest.raises(IosrFastError, match="expected keywords among the classes, 'cow', got 'cat', 'dog'"):
+        labels_among(found, ["cow"], True, "tagged")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.cli.runs import done, refused
 from tests.files.runs import load_images
 from tests.pictures import encode
 
+GREY = np.full((8, 8, 3), 128, np.uint8)
 FRAME = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:lr="http://ns.adobe.com/lightroom/1.0/"{}
@@ -37,12 +38,12 @@ def xmp(*words: str) -> bytes:
 
 
 def picture(kind: str, *words: str) -> bytes:
-    grey, packet = np.zeros((8, 8, 3), np.uint8), xmp(*words)
+    packet = xmp(*words)
     if kind == "PNG":
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", packet.decode())
-        return encode(grey, kind, pnginfo=info)
-    return encode(grey, kind, **({"tiffinfo": {700: packet}} if kind == "TIFF" else {"xmp": packet}))
+        return encode(GREY, kind, pnginfo=info)
+    return encode(GREY, kind, **({"tiffinfo": {700: packet}} if kind == "TIFF" else {"xmp": packet}))
 
 
 def late_png(*words: str) -> bytes:
@@ -67,16 +68,16 @@ def labels_of(folder: Path, kind: str = "tagged", **options: Any) -> dict[str, A
 
 
 def test_keywords_of_every_kind_of_picture_are_its_labels(tmp_path: Path) -> None:
-    files = {
-        f"{kind}/1.{kind}": picture(kind, kind, " K&#246;ln &amp; Bonn\n") for kind in ("JPEG", "PNG", "TIFF", "WEBP")
-    }
-    place(tmp_path, files | {"late.png": late_png("late")})
-    kinds = {name: {name[:4].rstrip("/"), "Köln & Bonn"} for name in files}
-    assert labels_of(tmp_path) == kinds | {"late.png": {"late"}}
+    kinds = "JPEG", "PNG", "TIFF", "WEBP"
+    files = {f"{kind}.{kind}": picture(kind, kind, " K&#246;ln &amp; Bonn\n") for kind in kinds}
+    padded = {f"{i}.jpg": encode(GREY, "JPEG", xmp=packet) for i, packet in enumerate((xmp("cat") + b"\0", b" \n\0"))}
+    place(tmp_path, files | padded | {"late.png": late_png("late")})
+    labels = {name: {name.partition(".")[0], "Köln & Bonn"} for name in files}
+    assert labels_of(tmp_path) == labels | {"0.jpg": {"cat"}, "late.png": {"late"}}
 
 
 def test_a_file_beside_a_picture_is_newer_than_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    own, none, bare = picture("JPEG", "own"), encode(np.zeros((8, 8, 3), np.uint8)), FRAME.format(">", "").encode()
+    own, none, bare = picture("JPEG", "own"), encode(GREY), FRAME.format(">", "").encode()
     files = {"a/1.jpg": own, "a/1.xmp": xmp("lightroom"), "a/2.jpg": own, "a/2.jpg.xmp": xmp("darktable")}
     files |= {"a/2.XMP": xmp("older"), "3.jpg": own, "3.xmp": bare, "4.png": none, "4.png.XMP": xmp("beside")}
     files |= {
@@ -115,7 +116,7 @@ BOMB = b'<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;&b;&b;">]><a>&c;</a>'
 def test_damaged_xmp_is_named_and_may_be_left_out(
     damaged: bytes, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    inside = encode(np.zeros((8, 8, 3), np.uint8), "JPEG", xmp=damaged)
+    inside = encode(GREY, "JPEG", xmp=damaged)
     for files in ({"2.jpg": inside}, {"2.jpg": inside, "2.xmp": damaged}):
         place(tmp_path, {"1.jpg": picture("JPEG", "cat")} | files)
         with pytest.raises(BadImageError, match=rf"can't read image {tmp_path}/2\.jpg: .*{words}") as caught:
@@ -148,9 +149,7 @@ def test_no_entity_is_ever_declared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_has_no_keywords_is_refused(tmp_path: Path) -> None:
-    folder = place(
-        tmp_path, {"photos/a/1.png": encode(np.zeros((8, 8, 3), np.uint8)), "a.csv": b"path,label\n1.png,a\n"}
-    )
+    folder = place(tmp_path, {"photos/a/1.png": encode(GREY), "a.csv": b"path,label\n1.png,a\n"})
     with pytest.raises(IosrFastError, match=r"expected keywords .* found none in 1 images"):
         labels_of(folder / "photos", "all")
     for options in ({"keywords": "some"}, {"keywords": "all", "nested": True}):
