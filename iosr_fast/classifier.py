@@ -248,14 +248,16 @@ class Classifier(Answering, Changing, Estimator):
         root: str | Path | None = None,
         label_column: str | None = None,
         similar_names: bool = False,
+        keywords: str | None = None,
     ) -> Self:
         """`fit` on folders with a sub-folder of images for each class, CSV files of path and label, or detector files,
         whose pictures are below `root` (labelled_images). `label_column` names the column of labels of CSV files, if it
-        is another than `label`. All images in the folder `unknown_images` and below belong to none of the classes.
-        `descriptions` may be a file: JSON, or CSV of class and text (head.descriptions). `calibrate_on` is a place of
-        labelled images, on which promises then rest. `tree` may be a CSV file of class and parent; `nested` makes one
-        of folders in folders, in which each folder of images is a class. Raises IosrFastError, before it encodes
-        anything, for a class that may be another one mistyped (names.mistyped), unless `similar_names` are meant."""
+        is another than `label`; with `keywords`, "tagged" or "all", the labels in folders are the pictures' XMP
+        keywords. All images in the folder `unknown_images` and below belong to none of the classes. `descriptions` may
+        be a file: JSON, or CSV of class and text (head.descriptions). `calibrate_on` is a place of labelled images, on
+        which promises then rest. `tree` may be a CSV file of class and parent; `nested` makes one of folders in
+        folders, in which each folder of images is a class. Raises IosrFastError, before it encodes anything, for a
+        class that may be another one mistyped (names.mistyped), unless `similar_names` are meant."""
         self._store.check_no_log()
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         texts = read_descriptions(descriptions) if isinstance(descriptions, str | Path) else descriptions
@@ -263,7 +265,7 @@ class Classifier(Answering, Changing, Estimator):
             raise IosrFastError("expected a tree of nested folders (nested, --nested) or of tree (--tree), got both")
         skip_bad = bool(self.skip_bad)
         parents = read_parents(tree) if isinstance(tree, str | Path) else tree
-        places: dict[str, Any] = {"nested": nested, "root": root, "label_column": label_column}
+        places: dict[str, Any] = {"nested": nested, "root": root, "label_column": label_column, "keywords": keywords}
         support = labelled_images(folder, *more, skip_bad=skip_bad, similar_names=similar_names, **places)
         new = None
         if calibrate_on is not None:

@@ -54,6 +54,7 @@ def saved(
     ],
     nested: shared.Nested = False,
     label_column: shared.LabelColumn = None,
+    keywords: shared.Keywords = None,
     html: Html = None,
     json_path: Json = None,
     unknown_images: Annotated[Path | None, option("Images of no class.", "--unknown-images", "--unknown")] = None,
@@ -74,7 +75,7 @@ def saved(
     from iosr_fast.classifier import Classifier
     from iosr_fast.files.embedding_files import read_rows
     from iosr_fast.files.source import check_files
-    from iosr_fast.head.labelled_images import called_as, labelled_images, unknown_folder
+    from iosr_fast.head.labelled_images import called_as, labelled_images, labels_among, unknown_folder
     from iosr_fast.reports.evaluation_report import evaluation_page
 
     if not classifier.is_dir():
@@ -83,23 +84,25 @@ def saved(
             f"folder {classifier}"
         )
     paths: Sequence[Any]
-    if (rows := rows_in(classifier, nested=nested, label_column=label_column)) is not None:
+    if (rows := rows_in(classifier, nested=nested, label_column=label_column, keywords=keywords)) is not None:
         source, labels = read_rows([images], rows, html is not None)
         if not labels:
             raise IosrFastError(f"expected labels y beside x in {images}, an .npz file, got none")
         paths, names = source.paths, labels
         others = [] if unknown_images is None else read_rows([unknown_images], rows, html is not None)[0].paths
     else:
-        given = labelled_images(images, nested=nested, skip_bad=skip_bad, root=root, label_column=label_column)
-        paths, labels, names, *_ = given
+        reading: dict[str, Any] = {"nested": nested, "root": root, "label_column": label_column, "keywords": keywords}
+        given = labelled_images(images, skip_bad=skip_bad, **reading)
+        paths = given.paths
         others = [] if unknown_images is None else unknown_folder(unknown_images)
         if not skip_bad:
             check_files(paths)
     check_utf8([*map(str, paths), *others])
     loaded = Classifier.load(classifier, runtime).set_params(progress=True)
     known = [info.name for info in loaded.classes()]
-    if nested and rows is None:
-        paths, labels, names, *_ = called_as(given, known, loaded.snapshot().paths)
+    if rows is None:
+        given = called_as(given, known, loaded.snapshot().paths) if nested else given
+        paths, labels, names, *_ = labels_among(given, known, loaded.snapshot().is_multi_label, keywords)
     if foreign := sorted(set(names) - set(known)):
         folders = "" if nested or loaded.snapshot().paths is None else "read nested folders of a tree by --nested, "
         raise IosrFastError(

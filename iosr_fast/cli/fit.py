@@ -39,6 +39,7 @@ def fit(
     tree: Annotated[Path | None, option("CSV of class, parent: with --max-error a node may be the answer.")] = None,
     nested: Nested = False,
     label_column: shared.LabelColumn = None,
+    keywords: shared.Keywords = None,
     similar_names: Annotated[bool, option("Names that are a letter apart are meant.", "--similar-names")] = False,
     margin: Margin = 0.0,
     unknown_images: Annotated[Path | None, option("Folder of pictures of none of the classes.")] = None,
@@ -60,10 +61,11 @@ def fit(
     """Fit a few-shot classifier on a folder of images and save it.
 
     FOLDER has one sub-folder of images for each class, or is a .csv file of path and label (or of path and labels,
-    joined by ;, where pictures may have several); several of both are joined, and a file that is listed again has the
-    later label. Columns x, y, width and height make a row a part of its picture; a detector file (.json) stands for its
-    labelled boxes. A column group names pictures of one video or object, which are left out together; a table with
-    columns of several questions is fitted once for each, by --label-column.
+    joined by ; or in a row each, where pictures may have several); a detector file (.json) stands for its labelled
+    boxes, an export of Label Studio for the choices of its tasks, too, and with --keywords a folder of a photo library
+    for its tagged pictures. Several of these are joined, and a file that is listed again has the later label. Columns
+    x, y, width and height make a row a part of its picture. A column group names pictures of one video or object, which
+    are left out together; a table with columns of several questions is fitted once for each, by --label-column.
 
     Without --model it is photographs, a small network that needs no download; a CLIP is better and reads class names.
 
@@ -74,7 +76,7 @@ def fit(
     iosr-fast classify my-classifier photos/
     """
     parameters: dict[str, Any] = {**locals()}
-    beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root", "label_column")
+    beside = ("unknown_images", "descriptions", "calibrate_on", "tree", "nested", "root", "label_column", "keywords")
     data = {name: parameters.pop(name) for name in (*beside, "similar_names")}
     for name in ("folder", "out", "template", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier

@@ -45,6 +45,10 @@ Adapter = Annotated[str, option("File of `iosr-fast train-adapter`, none, or aut
 Runtime = Annotated[str, option("auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
 Nested = Annotated[bool, option("Each folder of images is a class, and the folders above it are a tree.", "--nested")]
 LabelColumn = Annotated[str | None, option("Column of labels in CSV files [default: label, or labels].")]
+Keywords = Annotated[
+    str | None,
+    option("XMP keywords are the labels in a folder, of pictures with some (tagged) or of all.", metavar="tagged|all"),
+]
 SkipBad = Annotated[bool, option("Leave out images that can't be read, and report them.", "--skip-bad")]
 Seed = Annotated[int, option("Seed of all random choices.")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.calibration import check_calibration
 from iosr_fast.head.class_tree import paths_of
-from iosr_fast.head.labels import SEPARATOR, class_ids
+from iosr_fast.head.labels import SEPARATOR, are_label_sets, class_ids, read_label_sets
 from iosr_fast.head.names import mistyped
+from iosr_fast.images.choices import read_choices
 from iosr_fast.images.crop import listed_paths, picture_of
-from iosr_fast.images.detector_files import Selection, is_detector_file, read_boxes
+from iosr_fast.images.detector_files import DetectorFile, Selection, is_detector_file, list_boxes
+from iosr_fast.images.keywords import KINDS, list_keywords
 from iosr_fast.images.listing import list_folder, list_images
 from iosr_fast.methods.tree import Path as Nodes
 from iosr_fast.utils.csv_text import check_columns, read_rows
@@ -45,9 +47,11 @@ def labelled_images(
     root: str | Path | None = None,
     label_column: str | None = None,
     similar_names: bool = True,
+    keywords: str | None = None,
 ) -> LabelledImages:
     """The images of a folder with one sub-folder for each class, those that a CSV file lists, the labelled boxes of a
-    detector file (.json, whose pictures are below `root`; images.detector_files), or of several of these.
+    detector file (.json, whose pictures are below `root`; images.detector_files) or the choices of Label Studio
+    (images.choices), or of several of these.
 
     Returns the paths, sorted within a class; the label of each; all class names, sorted: the names of the sub-folders,
     with blanks for underscores; the group of each image, or None; and a tree. Files that are no images are left out
@@ -60,8 +64,10 @@ def labelled_images(
     A CSV file has the columns `path`, relative to its folder, and `label`, as `iosr-fast suggest` and `classify` write
     them; rows without a label are left out. `label_column` names the column of labels in a table that has several of
     them, and a warning counts its rows without a label. A column `group` names images that have more in common than
-    their class, as those of one video. With `labels` in place of `label` pictures may have several, joined by ";", or
-    none: labels are then frozensets, those of a folder of a class too.
+    their class, as those of one video. With `labels` in place of `label` pictures may have several, joined by ";" or in
+    a row each, or none: labels are then frozensets, those of a folder of a class too. So they are where not every task
+    of Label Studio has one choice, and with `keywords`: the labels of an image in a folder, and in all below it, are
+    then its XMP keywords (images.keywords), "tagged" leaves out images without any, with "all" these have no label.
 
     With the columns x, y, width and height, in pixels or (neither side exceeds 1) in shares of the picture's sides, a
     row is a part of the upright picture, the whole one where they are empty. Its path has the box as a fragment
@@ -76,7 +82,8 @@ def labelled_images(
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder of splits (train/, test/), a path under two labels in one place, and a CSV file without
     these columns, without a label, or with a wrong box; with `nested` for a folder that holds images and class folders;
-    with `label_column` for anything but CSV files.
+    with `label_column` for anything but CSV files; with `keywords` and no folder, or `nested`, for damaged XMP (with
+    `skip_bad` a warning), and where no image has keywords.
 
     >>> paths, labels, class_names, groups, tree = labelled_images("support", "labels.csv")
     >>> paths[8].as_posix(), labels[8], labels[-1]
@@ -90,36 +97,54 @@ def labelled_images(
             "no columns"
         )
     files = [place for place in places if is_table(place) or (not place.is_dir() and is_detector_file(place))]
-    of_folders = {place: _read_class_folders(place, nested) for place in places if place not in files}
+    folders = [place for place in places if place not in files]
+    if keywords is not None and (keywords not in KINDS or nested or not folders):
+        raise IosrFastError(
+            f"expected keywords (--keywords) {' or '.join(KINDS)}, of a folder that is not nested, got {keywords!r}"
+        )
+    of_folders = {} if keywords else {place: _read_class_folders(place, nested) for place in folders}
     called = _names_of({parts for listed in of_folders.values() for _, parts in listed})
     found: dict[str, _LabelledFile] = {}  # by file and box, links resolved where there are several places to compare
     for place in places:
         here = dict[str, _LabelledFile]()
+        listed: list[_LabelledFile]
         if place in of_folders:
-            listed: list[_LabelledFile] = [(path, called[parts], None) for path, parts in of_folders[place]]
-        elif is_detector_file(place):
-            boxes = read_boxes(place, Selection(root), labelled=True)
-            listed = [(Path(path), name, None) for name, path in boxes]
-        else:
+            listed = [(path, called[parts], None) for path, parts in of_folders[place]]
+        elif place in folders:
+            listed = [(path, words, None) for path, words in list_keywords(place, str(keywords), skip_bad)]
+        elif is_table(place):
             listed = _read_table(place, skip_bad, label_column)
+        else:
+            listed = _read_json(place, root)
         for path, label, group in listed:
-            first = here.setdefault(_resolved(path) if more else str(path), (path, label, group))
-            if first[1] != label:
-                two = f"{first[1]!r} and {label!r}"
-                raise IosrFastError(f"expected one label for a file of {place}, got {two} for {path}: remove a row")
+            key = _resolved(path) if more else str(path)
+            first = here.setdefault(key, (path, label, group))
+            if is_table(place) and isinstance(label, frozenset):
+                here[key] = first[0], label.union(first[1]), first[2] or group
+            elif first[1] != label:
+                two = " and ".join(repr(one if isinstance(one, str) else sorted(one)) for one in (first[1], label))
+                more_labels = "; where pictures may have several, call the column labels" * is_table(place)
+                raise IosrFastError(
+                    f"expected one label for a file of {place}, got {two} for {path}: remove a row{more_labels}"
+                )
         if again := found.keys() & here.keys():
             log.warning("%s: its labels replace those of %d images that were listed before", place, len(again))
             here |= {file: (found[file][0], here[file][1], here[file][2] or found[file][2]) for file in again}
         found |= here
     rows = list(found.values())
-    several = any(isinstance(label, frozenset) for _, label, _ in rows)
-    sets = [frozenset({label}) if isinstance(label, str) else label for _, label, _ in rows]
+    labels: list[Any] = [label for _, label, _ in rows]
+    sets = _as_sets(labels)
     _ask_about_typos(Counter(chain.from_iterable(sets)), similar_names)
-    labels = sets if several else [label for _, label, _ in rows]
+    if not all(isinstance(label, str) for label in labels):
+        labels = sets
     names = sorted(frozenset().union(*sets))
     used = [parts for parts, name in called.items() if name in names]
     tree = {called[parts[:n]]: called[parts[: n - 1]] for parts in used for n in range(2, len(parts) + 1)}
     return LabelledImages([path for path, _, _ in rows], labels, names, [group for _, _, group in rows], tree)
+
+
+def _as_sets(labels: Iterable[str | frozenset[str]]) -> list[frozenset[str]]:
+    return [frozenset({label}) if isinstance(label, str) else label for label in labels]
 
 
 def _ask_about_typos(pictures: Mapping[str, int], similar_names: bool) -> None:
@@ -195,6 +220,29 @@ def _read_table(file: Path, skip_bad: bool, label_column: str | None) -> list[_L
     return labelled
 
 
+def _read_json(file: Path, root: str | Path | None) -> list[_LabelledFile]:
+    """The labelled boxes, or the choices of Label Studio: texts where each picture has one."""
+    document = DetectorFile(file)
+    if (choices := read_choices(document, root)) is None:
+        return [(Path(path), name, None) for name, path in list_boxes(document, Selection(root), labelled=True)]
+    one_each = all(len(labels) == 1 for _, labels in choices)
+    return [(Path(path), next(iter(labels)) if one_each else labels, None) for path, labels in choices]
+
+
+def labels_among(given: LabelledImages, names: Collection[str], several: bool, keywords: str | None) -> LabelledImages:
+    """Labelled images for a classifier with these class names: with sets of labels where pictures may have `several`,
+    of `keywords` those that are classes; a warning counts the others. Raises IosrFastError where none is a class."""
+    if several and not are_label_sets(given.labels):
+        given = given._replace(labels=_as_sets(given.labels))
+    if keywords and (others := set(given.class_names).difference(names)):
+        shown, kept = abbreviate(sorted(others)), sorted(set(given.class_names) - others)
+        if not kept:
+            raise IosrFastError(f"expected keywords among the classes, {abbreviate(sorted(names))}, got {shown}")
+        log.warning("left out %d keywords that are none of the %d classes: %s", len(others), len(names), shown)
+        given = given._replace(labels=[label - others for label in given.labels], class_names=kept)
+    return given
+
+
 def called_as(given: LabelledImages, names: Sequence[str], paths: Sequence[Nodes] | None) -> LabelledImages:
     """Images of nested folders, each with the name of the class (`names`, `paths`) that has the same folders, if one
     has: beside other folders one is called otherwise, "other" for "apple/other"."""
@@ -221,15 +269,22 @@ def calibration_images(
     skip_bad: bool,
     root: str | Path | None,
     label_column: str | None,
+    keywords: str | None,
 ) -> LabelledImages:
     """The images of a place, for `calibrate_on` after a fit on `support`. What can be refused now is."""
     root = root if is_detector_file(place) else None
     column = label_column if is_table(place) else None
-    given = labelled_images(place, nested=nested, skip_bad=skip_bad, root=root, label_column=column)
+    kind = keywords if Path(place).is_dir() else None
+    given = labelled_images(place, nested=nested, skip_bad=skip_bad, root=root, label_column=column, keywords=kind)
     if nested:
         given = called_as(given, support.class_names, paths_of(support.tree, support.class_names))
+    several = are_label_sets(support.labels)
+    given = labels_among(given, support.class_names, several, kind)
     for one in (support, given):
-        class_ids(one.paths, one.labels, support.class_names)
+        if several:
+            read_label_sets(one.labels, len(one.paths), support.class_names)
+        else:
+            class_ids(one.paths, one.labels, support.class_names)
     check_calibration(len(given.paths), len(given.paths))
     return given
 

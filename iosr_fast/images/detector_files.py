@@ -17,6 +17,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -161,13 +162,17 @@ class LabelStudio:
     def __init__(self, document: Any) -> None:
         self._document, self._added = document, dict[int, dict[str, Any]]()
 
-    def boxes(self, labelled: bool) -> Iterator[Detection]:
+    def tasks(self) -> Iterator[tuple[Any, str, list[Any]]]:
+        """Each with the path of its picture and its annotations that were not cancelled."""
         for task in self._document:
-            drawn = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
-            predicted = [one for one in task.get("predictions") or () if _is_of_detector(one)]
             path = _picture_of_task(task["data"])
             if path.startswith(("/data/upload/", "/data/local-files/?d=")):
                 path = unquote(path.removeprefix("/data/").removeprefix("local-files/?d="))
+            yield task, path, [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
+
+    def boxes(self, labelled: bool) -> Iterator[Detection]:
+        for task, path, drawn in self.tasks():
+            predicted = [one for one in task.get("predictions") or () if _is_of_detector(one)]
             for group in drawn or ([] if labelled else predicted[-1:]):
                 texts = {one.get("id"): one for one in group["result"] if one["type"] == "labels"}
                 for one in group["result"]:
@@ -204,15 +209,13 @@ class DetectorFile:
     """
 
     def __init__(self, file: str | Path) -> None:
-        self._file, self.left_out = file, Counter[str]()
+        self.file, self.left_out = file, Counter[str]()
         if not os.path.isfile(file):
             raise FileNotFoundError(f"expected a detector file, found no file {file}")
         content = Path(file).read_bytes()
-        try:
+        with self.damages():
             self._document = json.loads(content, parse_float=_number, parse_constant=_number, object_pairs_hook=_object)
             self.format = _format(self._document)
-        except (*_DAMAGES, RecursionError) as error:
-            raise self._damaged(error) from error
 
     def boxes(self, selection: Selection, labelled: bool = False) -> Iterator[tuple[Detection, str]]:
         """The boxes that can be classified, those of a picture one after another, and the path and fragment of each
@@ -221,7 +224,7 @@ class DetectorFile:
         Raises IosrFastError for a URL, a picture that is not below the root, and an entry that is not as the format has
         it.
         """
-        try:
+        with self.damages():
             for one in self.format.boxes(labelled):
                 reason = one.fault or selection.excludes(one)
                 reason = reason or "without a label" * (labelled and not one.name)
@@ -229,13 +232,11 @@ class DetectorFile:
                     self.left_out[reason or "of other than four numbers with sides above 0"] += 1
                     continue
                 refuse_url(one.path)
-                yield one, f"{self._picture(one.path, selection.root)}#{box}"
-        except _DAMAGES as error:
-            raise self._damaged(error) from error
+                yield one, f"{self.picture(one.path, selection.root)}#{box}"
 
-    def _picture(self, path: str, root: str | Path | None) -> str:
+    def picture(self, path: str, root: str | Path | None) -> str:
         """The place of a picture below `root`: relative to it or, where that leads out of it, to the file."""
-        folder = os.path.dirname(self._file)
+        folder = os.path.dirname(self.file)
         root = folder if root is None else root
         for base in (root, folder):
             place = os.path.normpath(os.path.join(base, path))
@@ -245,21 +246,25 @@ class DetectorFile:
 
     def add(self, record: Any, classes: Classes, classifier: str) -> None:
         """Give a box its classes. Raises IosrFastError where the document has no place for them."""
-        try:
+        with self.damages():
             self.format.add(record, classes, classifier)
-        except _DAMAGES as error:
-            raise self._damaged(error) from error
 
     def write(self, out: Path) -> None:
         """The document with what was added to it."""
         out.write_bytes(json.dumps(self._document).encode())
 
-    def _damaged(self, error: Exception) -> IosrFastError:
-        shape = f"an entry is not as the format has it ({type(error).__name__} {error}); export it again"
-        return IosrFastError(f"can't read {self._file}: {error if isinstance(error, ValueError) else shape}")
+    @contextmanager
+    def damages(self) -> Iterator[None]:
+        """Turn what an entry of another shape raises in the block into an IosrFastError that names the file."""
+        try:
+            yield
+        except _DAMAGES as error:
+            shape = f"an entry is not as the format has it ({type(error).__name__} {error}); export it again"
+            reason = error if isinstance(error, ValueError) else shape
+            raise IosrFastError(f"can't read {self.file}: {reason}") from error
 
 
-_DAMAGES = KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError
+_DAMAGES = KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError
 
 
 def _object_in(document: Any, name: str) -> dict[str, Any]:
@@ -282,21 +287,26 @@ def is_detector_file(place: str | Path) -> bool:
     return str(place).lower().endswith(".json")
 
 
-def read_boxes(file: str | Path, selection: Selection, labelled: bool = False) -> list[tuple[str, str]]:
+def read_boxes(file: str | Path, selection: Selection) -> list[tuple[str, str]]:
+    """As `list_boxes`, of a file. Raises as DetectorFile does."""
+    return list_boxes(DetectorFile(file), selection)
+
+
+def list_boxes(document: DetectorFile, selection: Selection, labelled: bool = False) -> list[tuple[str, str]]:
     """The boxes of a detector file: the name and the path of each (Detection, DetectorFile.boxes). A warning counts
     those that are left out.
 
     With `labelled` the name is the category of COCO, the label of a region, or the most likely class of a MegaDetector
-    file that is classified. Raises as DetectorFile does, and IosrFastError without any such box.
+    file that is classified. Raises as DetectorFile.boxes does, and IosrFastError without any such box.
     """
-    document = DetectorFile(file)
     boxes = [(str(one.name).strip(), path) for one, path in document.boxes(selection, labelled)]
     reasons = ", ".join(f"{number} {reason}" for reason, number in document.left_out.most_common())
     if labelled and not boxes:
-        raise IosrFastError(f"expected labelled boxes in {file}, got none ({reasons}): classify or label them first")
+        none = f"got none ({reasons or 'nothing is annotated'}): classify or label them"
+        raise IosrFastError(f"expected labelled boxes or choices in {document.file}, {none}")
     if reasons:
         left_out = document.left_out.total()
-        log.warning("%s: left out %d of %d boxes: %s", file, left_out, left_out + len(boxes), reasons)
+        log.warning("%s: left out %d of %d boxes: %s", document.file, left_out, left_out + len(boxes), reasons)
     return boxes
 
 

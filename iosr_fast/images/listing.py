@@ -83,8 +83,8 @@ def refuse_url(place: str | Path) -> None:
         raise IosrFastError(f"expected a path, got the URL {url}: download it first, and give the file")
 
 
-def list_images(folder: str | Path) -> Listing:
-    """The images in a folder and all below it.
+def list_images(folder: str | Path, warn: bool = True) -> Listing:
+    """The images in a folder and all below it; `warn` says what is skipped.
 
     Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read.
     """
@@ -93,7 +93,8 @@ def list_images(folder: str | Path) -> Listing:
         raise FileNotFoundError(f"expected a folder of images, found no folder {folder}")
     skipped = Skipped()
     paths = sorted(walk(folder, skipped), key=_by_names)
-    skipped.warn(folder, len(paths))
+    if warn:
+        skipped.warn(folder, len(paths))
     return Listing(paths, skipped)
 
 

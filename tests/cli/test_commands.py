@@ -154,6 +154,11 @@ def test_fit_replaces_a_classifier_only_with_overwrite(tmp_path: Path) -> None:
             )
         ),
         (("fit", "in", "--label-column", "kind"), "CSV files alone with label_column='kind'"),
+        (("fit", "in", "--keywords", "some"), "expected keywords (--keywords) tagged or all, of a folder"),
+        (
+            ("evaluate", "in", "few.csv", "--keywords", "all"),
+            "expected keywords (--keywords) tagged or all, of a folder",
+        ),
         (("evaluate", "in", "few.csv", "--label-column", "kind"), "expected the columns path and kind in few.csv"),
         (("classify", "bundle", "empty"), "found none in"),
         (("classify", "bundle", "https://a.org/b.jpg"), "expected a path, got the URL https://a.org/b.jpg"),

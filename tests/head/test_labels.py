@@ -134,6 +134,9 @@ def test_tables_of_labels_join_folders(tmp_path: Path) -> None:
     table.write_text("path,labels\na.png,pear; lime\nb.png,\nc.png,lime;\n")
     _, labels, names, *_ = labelled_images(tmp_path, table)
     assert labels == [{"lemon"}, {"pear"}, {"pear", "lime"}, set(), {"lime"}] and names == ["lemon", "lime", "pear"]
+    table.write_text("path,labels,group\na.png,pear,\nb.png,,\na.png,lime,v1\na.png,pear,\n")
+    _, labels, _, groups, _ = labelled_images(table)
+    assert labels == [{"pear", "lime"}, set()] and groups == ["v1", None], "a row for each label"
     table.write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
     assert labelled_images(table)[1] == ["cat", "dog"]
     table.write_text("path,label,group\na.png,cat,v1\nb.png,dog,\nc.png,cat, v1\n")
@@ -203,5 +206,8 @@ def test_a_later_place_corrects_labels(tmp_path: Path, caplog: pytest.LogCapture
     assert paths[1] == tmp_path / "support/lemon/2.png" and "labels replace those of 2 images" in caplog.text
     table.write_text("path,label\nnew.png,pear\nnew.png,plum\n")
     for places in ([table], [tmp_path / "support", table]):
-        with pytest.raises(ValueError, match=r"one label for a file of .*labels\.csv, got 'pear' and 'plum' for .*new"):
+        with pytest.raises(
+            ValueError,
+            match=r"one label for a file of .*labels\.csv, got 'pear' and 'plum' for .*new.*call the column labels",
+        ):
             labelled_images(*places)
