@@ -17,7 +17,6 @@ from iosr_fast.serving.collector import Collector
 from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,
-    TAGS,
     Client,
     error_of,
     fields,
