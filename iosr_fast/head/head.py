@@ -324,11 +324,13 @@ class Head:
     @cached_property
     def strange_odds(self) -> float:
         """checks.strange_odds: the odds of its label at which a picture is strange; where pictures may have several, of
-        the most likely one."""
+        the most likely of them, or of none the most likely class, as Prediction.probability is."""
         if not self.is_multi_label:
             return strange_odds(self.judged)
         logits, labels, units, basis = self._judging
-        first = logits.argmax(1)[:, None] == np.arange(len(self.uids))
+        decided = self.link.decide(logits)
+        shown = np.where(decided | ~decided.any(1, keepdims=True), logits, -np.inf)
+        first = shown.argmax(1)[:, None] == np.arange(len(self.uids))
         surest = of_answers(logits, labels, first, units, basis)
         return strange_odds(replace(surest, weights=unit_weights(units), units=None))
 

@@ -114,6 +114,13 @@ class Prediction:
         return [(one.label, one.probability) for one in self.top]
 
     @property
+    def accepted_labels(self) -> list[str]:
+        """The labels that a promise lets pass: one or none, or where pictures may have several any number."""
+        if isinstance(self.accepted, tuple):
+            return [one.label for one, accepted in zip(self.top, self.accepted, strict=True) if accepted]
+        return [self.label] if self.accepted and self.label is not None else []
+
+    @property
     def answer(self) -> tuple[str, float]:
         """(label, probability) of the answer that is accepted, else of the most likely class."""
         return (self.label, self.probability) if self.label is not None and self.accepted else self.pairs[0]

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from iosr_fast.head.head import Head
+from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.head.verdict import nodes_above
 from iosr_fast.methods.checks import checked
@@ -28,8 +29,10 @@ class CheckSample:
     label that counts. Labels come from the folder's LABELS. A picture counts once, by its first label that two readings
     agree on, so that none is read while it is written. It is `checked` as the answer where that is a node above it, by
     the tree of that time; every other text is another label. Answers count that were promised as now, by `max_error`,
-    the `digest` of the classifier's folder and _RULE; others that nobody checked are no longer of the sample. At most
-    `limit` pictures wait for a label, of a client its share (Shares); meanwhile none is drawn.
+    the `digest` of the classifier's folder and _RULE; others that nobody checked are no longer of the sample. Where
+    pictures may have `several` labels, the accepted ones are `answered`, joined by SEPARATOR, and one of them is wrong
+    unless it is `checked`, too. At most `limit` pictures wait for a label, of a client its share (Shares); meanwhile
+    none is drawn.
 
     For one thread; `result` and `beside` may be read in any. `beside` counts labels of pictures that were not drawn: as
     somebody chose them, they say nothing of the promise. Raises OSError where the folder can't be read or written,
@@ -37,9 +40,17 @@ class CheckSample:
     """
 
     def __init__(
-        self, folder: KeptFolder, table: KeptTable, share: float, limit: int, max_error: float, digest: str
+        self,
+        folder: KeptFolder,
+        table: KeptTable,
+        share: float,
+        limit: int,
+        max_error: float,
+        digest: str,
+        several: bool = False,
     ) -> None:
         self._folder, self._table, self._share, self._limit, self._max_error = folder, table, share, limit, max_error
+        self._several = several
         self._promise = {"max_error": str(max_error), "classifier": f"{digest} {_RULE}"}
         self._labels: dict[str, str] = {}  # of the last reading
         self._next_reading, self.beside = 0.0, 0
@@ -56,7 +67,7 @@ class CheckSample:
         self._judge()
 
     def offer(self, image: bytes, prediction: Prediction, client: str) -> bool:
-        """Keep a picture whose label was accepted, if it is drawn, for the first time; `client` has its key."""
+        """Keep a picture of which a label was accepted, if it is drawn, for the first time; `client` has its key."""
         name = picture_name(image)
         if int(self._folder.keyed(name)[:16], 16) >= self._share * 2.0**64:
             return False
@@ -68,7 +79,8 @@ class CheckSample:
         if name in drawn or not fits:
             return False
         self._folder.write(name, image)
-        answer = {"answered": prediction.label, "version": prediction.version, "checked": "", "time": time_text()}
+        answered = SEPARATOR.join(prediction.accepted_labels)
+        answer = {"answered": answered, "version": prediction.version, "checked": "", "time": time_text()}
         self._table.add({"path": name, "client": client, **self._promise, **answer})
         return True
 
@@ -77,7 +89,7 @@ class CheckSample:
         if time.monotonic() < self._next_reading:
             return
         self._next_reading = time.monotonic() + _READ_S
-        drawn, labels = self._drawn(), self._folder.labels()
+        drawn, labels = self._drawn(), self._folder.labels(self._several)
         self.beside = len(labels.keys() - drawn.keys())
         agreed = dict(labels.items() & self._labels.items())
         self._labels = labels
@@ -95,7 +107,14 @@ class CheckSample:
         return {path: row for path, row in self._table.rows.items() if self._promise.items() <= row.items()}
 
     def _judge(self) -> None:
-        wrong = [row["checked"] != row["answered"] for row in self._drawn().values() if row["checked"]]
+        pairs = [(row["answered"], row["checked"]) for row in self._drawn().values() if row["checked"]]
+        wrong = [[answered != checked] for answered, checked in pairs]
+        if self._several:
+            wrong = [[one not in _parts(checked) for one in _parts(answered)] for answered, checked in pairs]
         before, self.result = self.result, checked(wrong, self._max_error)
         if self.result.refuted and not before.refuted:
             log.warning("%s", self.result)
+
+
+def _parts(labels: str) -> list[str]:
+    return [label.strip() for label in labels.split(SEPARATOR)]

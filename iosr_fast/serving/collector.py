@@ -15,6 +15,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.head.head import Head
+from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Collector:
-    """Keeps uploads whose label is not accepted by the promise `max_error`, or that belong to none of the classes.
+    """Keeps uploads of which a label is not accepted by the promise `max_error`, or that belong to none of the classes.
 
     Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE, which only
     the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown"),
@@ -39,6 +40,9 @@ class Collector:
     come back in LABELS, a table of `path` and `label`. Near duplicates of support images, and of files that were kept
     since the start, are left out. At `limit` files the client with most of those without a label loses its oldest one,
     so that nobody loses one to a client that has more; if all have a label, no more are kept.
+
+    Where pictures may have `several` labels, `guess` has all, joined by SEPARATOR, and `probability` is that of the
+    most likely one; one without a label is "unknown". LABELS then has `labels` for `label` (KeptFolder.labels).
 
     A thread judges and writes, so that no answer waits: of 64 MiB of uploads that wait for it each client has a share
     (Shares), and others are left out. If the disk is full or a table can't be read, nothing is kept until that ends,
@@ -58,8 +62,10 @@ class Collector:
         on_outcome: Callable[[str], None] = lambda outcome: None,
         check_share: float | None = None,
         digest: str = "",
+        several: bool = False,
     ) -> None:
         self._folder, self._limit, self._max_error = KeptFolder(folder), limit, max_error
+        self._several = several
         self._on_outcome = on_outcome
         self._failures: dict[str, str] = {}  # the last ones, logged once; "" if it went well
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
@@ -68,7 +74,8 @@ class Collector:
         self._sampled = KeptTable(self._folder, check_sample.TABLE, check_sample.COLUMNS)
         self.checks: CheckSample | None = None
         if check_share is not None:
-            self.checks = CheckSample(self._folder, self._sampled, check_share, limit, max_error, digest)
+            promise = max_error, digest, several
+            self.checks = CheckSample(self._folder, self._sampled, check_share, limit, *promise)
         self._table = KeptTable(self._folder, TABLE, COLUMNS)
         self._table.drop(())  # what can't be written is an error now
         self._make_room(0)
@@ -132,11 +139,11 @@ class Collector:
         client = client and self._folder.keyed(client)[:16]  # tables tell clients apart, and don't name them
         # The sample is of labels that `max_error` accepts, whether or not a picture may be of an unknown class.
         prediction = predict(head, embeddings, abstention=Abstention(max_error=self._max_error))[0]
-        if prediction.accepted and self.checks is not None and self.checks.offer(image, prediction, client):
+        if prediction.accepted_labels and self.checks is not None and self.checks.offer(image, prediction, client):
             return "check"
-        if prediction.accepted and head.unknown.can_promise(KEEP):
+        if prediction.accepted and not head.is_multi_label and head.unknown.can_promise(KEEP):
             prediction = predict(head, embeddings, abstention=Abstention(KEEP, max_error=self._max_error))[0]
-        if prediction.accepted:
+        if prediction.top and len(prediction.accepted_labels) == len(prediction.top):
             return ""
         name = picture_name(image)
         if name in self._folder.pictures() or head.near_support(embeddings.plain, self._kept)[0]:
@@ -144,8 +151,9 @@ class Collector:
         if not self._make_room(1, client):
             return "left out"
         self._folder.write(name, image)
-        best, reason = prediction.top[0], UNKNOWN if prediction.label is None else UNSURE
-        values = name, best.label, f"{best.probability:.4f}", reason, time_text(), client
+        guess = SEPARATOR.join(label for label, _ in prediction.pairs)
+        reason = UNKNOWN if prediction.label is None else UNSURE
+        values = name, guess, f"{prediction.probability:.4f}", reason, time_text(), client
         self._table.add(dict(zip(COLUMNS, values, strict=True)))
         self._kept = [*self._kept, embeddings.plain[0]][-self._limit :]
         return "kept"
@@ -158,7 +166,10 @@ class Collector:
             files.pop(name, None)
         if found := sorted(files.keys() - self._table.rows.keys(), key=files.__getitem__):
             self._table.add(*({"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found))
-        rows, labels = sorted(self._table.rows.values(), key=lambda row: row["time"]), self._folder.labels()
+        rows, labels = (
+            sorted(self._table.rows.values(), key=lambda row: row["time"]),
+            self._folder.labels(self._several),
+        )
         held, ranks = Counter({client: more}), dict[str, int]()  # each client's newest picture has rank 1
         for row in reversed(rows):
             if (path := row["path"]) in files and path not in labels and not row.get("label"):

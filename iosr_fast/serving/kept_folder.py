@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.images.limits import image_kind
 from iosr_fast.sealed.files import lock_folder, open_regular
 from iosr_fast.utils.csv_text import check_columns, escaped, line_writer, read_rows
@@ -121,10 +122,15 @@ class KeptFolder:
             check_columns(columns, self.path / name, needed, ", or remove the table")
         return columns, rows
 
-    def labels(self) -> dict[str, str]:
-        """The labels in LABELS, by the last parts of its paths."""
-        rows = self.read_rows(LABELS, "path", "label")[1]
-        return {PurePath(row["path"]).name: row["label"].strip() for row in rows if row["label"].strip()}
+    def labels(self, several: bool) -> dict[str, str]:
+        """The labels in LABELS, by the last parts of its paths. Where pictures may have `several`, a column `labels` in
+        place of `label` has all of each, joined by SEPARATOR; that alone is returned of a picture that has none."""
+        columns, rows = self.read_rows(LABELS)
+        name = "labels" if several and "label" not in columns else "label"
+        if columns:
+            check_columns(columns, self.path / LABELS, ("path", name), ", or remove the table")
+        texts = [(row["path"], row[name].strip() or SEPARATOR * (name == "labels")) for row in rows]
+        return {PurePath(path).name: text for path, text in texts if text}
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -94,9 +94,6 @@ class FakeHead:
     def __init__(self, classifier: FakeClassifier) -> None:
         self.version, self.needs_adapted, self._classifier = classifier.version, classifier.adapted, classifier
 
-    def require_single_label(self, call: str, instead: str) -> FakeHead:
-        return self
-
     def predict(
         self, embeddings: Embeddings, top: int = 5, nearest: int = 0, abstention: Any = None
     ) -> list[Prediction]:

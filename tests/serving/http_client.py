@@ -55,6 +55,40 @@ def bundle() -> Path:
     return folder
 
 
+# Pictures of the demo with several labels each, or none.
+TAGS = {
+    **{
+        "green heart": "heart green",
+        "light blue heart": "heart blue",
+        "black heart": "heart",
+        "green book": "book green",
+    },
+    **{"blue book": "book blue", "orange book": "book", "green apple": "green", "blue circle": "blue", "kimono": ""},
+    **{"evergreen tree": "green", "nerd face": "face", "kissing face": "face", "bookmark": "", "purple square": ""},
+}
+
+
+@functools.cache
+def tagged() -> tuple[list[np.ndarray], list[set[str]], list[bytes]]:
+    """The support images of `several_bundle` with their labels, and a query of each of TAGS, as PNG."""
+    pictures, images, labels, queries = load_pictures("held-out"), list[np.ndarray](), list[set[str]](), list[bytes]()
+    for name, tags in TAGS.items():
+        *support, query = pictures.images[pictures.concepts == pictures.names.index(name)]
+        images, labels = images + support, labels + [{*tags.split()}] * len(support)
+        queries.append(encode(query))
+    return images, labels, queries
+
+
+@functools.cache
+def several_bundle() -> Path:
+    """A saved classifier of the demo whose pictures have the labels of TAGS, built once a machine. Never change it."""
+    folder = demo_cache() / "bundles" / "serving-several-labels"
+    with shared_cache():
+        if not (folder / "manifest.json").is_file():
+            Classifier("demo", runtime="onnxruntime").fit(*tagged()[:2]).save(folder)
+    return folder
+
+
 def load() -> Classifier:
     """A new classifier, which the test may change."""
     return Classifier.load(bundle(), verify=False)

@@ -60,9 +60,9 @@ def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def save_labels(folder: Path, labels: dict[str, str], name: str = LABELS) -> None:
+def save_labels(folder: Path, labels: dict[str, str], name: str = LABELS, column: str = "label") -> None:
     text = "".join(f"{path},{label}\n" for path, label in labels.items())
-    (folder / name).write_text(f"path,label\n{text}", encoding="utf-8")
+    (folder / name).write_text(f"path,{column}\n{text}", encoding="utf-8")
 
 
 def noise(seed: int = 0) -> np.ndarray:

@@ -199,6 +199,8 @@ CHANGES = [
     ("PATCH", "/v1/classes/~0"),
     ("DELETE", "/v1/classes/~0"),
     ("POST", "/v1/classes/~0/examples"),
+    ("POST", "/v1/examples"),
+    ("PATCH", "/v1/examples/e0"),
     ("DELETE", "/v1/examples/e0"),
     ("POST", "/v1/retune"),
 ]

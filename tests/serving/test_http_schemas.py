@@ -47,7 +47,7 @@ def test_everything_is_described(served: Client) -> None:
     described = served.get("/openapi.json").json()
     openapi_spec_validator.validate(described)
     operations = [(path, method) for path, methods in described["paths"].items() for method in methods]
-    assert len(operations) == 14
+    assert len(operations) == 17
     for path, method in operations:
         told = described["paths"][path][method]
         assert told["summary"] and {"200", "201"} & set(told["responses"]), (method, path)
@@ -93,6 +93,7 @@ def test_responses_to_good_images_are_as_described(served: Client, schema: Any) 
         ("/v1/predict", {"files": form(b"zip", b"")}),
         ("/v1/predict", {"files": form(image), "data": {"boxes": "[[0, 0, 9, 9], [99, 99, 1, 2]]"}}),
         ("/v1/predict?unknown=reject&keep=0.5", {"files": form(image)}),
+        ("/v1/examples", {"data": {"class_id": "~0"}, "files": form(image), "headers": AUTHORISED}),
         ("/v1/classes", {"data": {"name": "a new one"}, "files": form(image), "headers": AUTHORISED}),
     ):
         response = served.ask("POST", path, **options)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.head.head import Head
 
-_CALL = "BatchingClassifier", "use predict"
-
 
 def embedding(fit: FittedClassifier) -> dict[str, Any]:
     """How a classifier embeds pictures. Those that do it alike can share an encoder and its batches."""
@@ -36,7 +34,7 @@ class Classifiers:
             raise IosrFastError(f"expected a classifier, or classifiers by their names, got {given!r}")
         for name, one in self.named.items():
             with naming(name):
-                one.snapshot().require_single_label(*_CALL)  # raises if it is not fitted
+                one.snapshot()  # raises if it is not fitted
         self._alike: dict[str, Any] = {}  # of several
         for name, one in self.named.items() if len(self.named) > 1 else ():
             own = embedding(one._fitted())
@@ -62,7 +60,7 @@ class Classifiers:
             if name not in fits:
                 again = "create a new BatchingClassifier"
                 raise IosrFastError(f"the classifier {name!r} was fitted again on another encoder: {again}")
-            heads[name] = fits[name].head.require_single_label(*_CALL)
+            heads[name] = fits[name].head
         return heads, encoding
 
     @property

@@ -37,8 +37,8 @@ class Observer(Protocol):
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
         """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with the `label`
-        of the only classifier asked, None if it was rejected, or of several), "bad_image", "error" (of several: by all
-        of them), "deadline", "closed" or "cancelled"."""
+        of the only classifier asked, or the first of its labels, None if there is none, or of several), "bad_image",
+        "error" (of several: by all of them), "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
         """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"; or, by

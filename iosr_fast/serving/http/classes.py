@@ -14,6 +14,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import DEEPEST, Parent
+from iosr_fast.head.head import Head
 from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.head.names import LONGEST, name_fault
 from iosr_fast.serving.batching.item import Encoded
@@ -36,6 +37,10 @@ _NODE = "one: a node by its name; several: names from the root down, which may b
 _PARENT = {"type": "array", "items": _ANY_NAME, "maxItems": DEEPEST, "description": _NODE}
 _DESCRIPTION = {"type": "array", "items": {"type": "string", "maxLength": MAX_LENGTH}, "maxItems": MAX_TEXTS}
 _TEXTS = {"name": _NAME, "description": _DESCRIPTION, "parent": _PARENT}
+_SEVERAL = (
+    "ids of the classes that the images have: one; where pictures may have several labels any number, or one empty"
+)
+_CLASS_IDS = {"class_id": {"type": "array", "items": {"type": "string", "maxLength": 40}, "description": _SEVERAL}}
 _KEEP_TEXT = {"type": "boolean", "description": "true: only the displayed name changes, not the text embedding"}
 
 
@@ -51,15 +56,21 @@ def make_router(service: Service) -> APIRouter:
         return await service.uploads.read_form(request, "name", *more, repeated=("description", "parent"))
 
     async def change(
-        name: str, act: Callable[[Classifier], ChangeResult], class_id: str = "", new_name: str = ""
+        name: str, act: Callable[[Classifier], ChangeResult], *class_ids: str, new_name: str = "", example_id: str = ""
     ) -> ChangeResult:
-        """Make a change of the class `class_id`, which must exist, to a name `new_name`, which must be free."""
+        """Make a change of classes and of a support image, which must exist, to a name, which must be free."""
 
         def checked(classifier: Classifier) -> ChangeResult:
             head = classifier.snapshot()
-            if class_id and head.name_of(class_id) is None:
-                raise no_class(class_id)
-            if new_name in head.class_names and (owner := make_class_id(head.find_class(new_name))) != class_id:
+            for class_id in class_ids:
+                if head.name_of(class_id) is None:
+                    raise no_class(class_id)
+            if example_id:
+                try:
+                    head.find_examples([example_id])
+                except IosrFastError:
+                    raise no_example(example_id) from None
+            if new_name in head.class_names and (owner := make_class_id(head.find_class(new_name))) not in class_ids:
                 raise ApiError(409, "name_taken", f"class {owner} is named {new_name!r} already; choose another name")
             return act(classifier)
 
@@ -108,9 +119,15 @@ def make_router(service: Service) -> APIRouter:
             raise ApiError(422, "invalid_parameters", "expected a new name, or a parent alone: one change a request")
         name, own = _check_name(texts["name"][0]), texts.get("description")
         keep = _flag(texts.get("keep_text", ["false"])[0])
-        return await change("rename_class", lambda it: it.rename_class(class_id, name, None, keep, own), class_id, name)
+        return await change(
+            "rename_class", lambda it: it.rename_class(class_id, name, None, keep, own), class_id, new_name=name
+        )
 
-    @router.delete("/v1/classes/{class_id}", summary="Remove a class and its support images")
+    @router.delete(
+        "/v1/classes/{class_id}",
+        summary="Remove a class and its support images",
+        description="Where pictures may have several labels, they stay without it.",
+    )
     async def remove_class(class_id: str = CLASS_ID_PATH) -> ChangeResult:
         return await change("remove_class", lambda it: it.remove_class(class_id), class_id)
 
@@ -129,16 +146,34 @@ def make_router(service: Service) -> APIRouter:
             raise ApiError(400, "no_image", "expected file fields `images`, got none")
         return await change("add_examples", lambda it: it.add_examples(class_id, decoded(request, images)), class_id)
 
+    @router.post(
+        "/v1/examples",
+        summary="Add support images with their labels",
+        description="All of them get the classes of `class_id`.",
+        openapi_extra=schemas.form_body(_CLASS_IDS | schemas.images_field(1, max_images), "class_id", "images"),
+    )
+    async def add_labelled_examples(request: Request) -> ChangeResult:
+        images, fields = await service.uploads.read_form(request, repeated=("class_id",))
+        ids, labels = _labels(service.head, fields)
+        if not images:
+            raise ApiError(400, "no_image", "expected file fields `images`, got none")
+        return await change("add_examples", lambda it: it.add_examples(labels, decoded(request, images)), *ids)
+
+    @router.patch(
+        "/v1/examples/{example_id}",
+        summary="Give a support image other labels, instead of its own",
+        openapi_extra=schemas.form_body(_CLASS_IDS, "class_id"),
+    )
+    async def relabel_example(request: Request, example_id: str = EXAMPLE_ID_PATH) -> ChangeResult:
+        images, fields = await service.uploads.read_form(request, repeated=("class_id",))
+        if images:
+            raise ApiError(400, "unexpected_field", "expected no images: the support image stays")
+        ids, labels = _labels(service.head, fields)
+        return await change("relabel", lambda it: it.relabel([example_id], labels), *ids, example_id=example_id)
+
     @router.delete("/v1/examples/{example_id}", summary="Remove a support image")
     async def remove_example(example_id: str = EXAMPLE_ID_PATH) -> ChangeResult:
-        def act(classifier: Classifier) -> ChangeResult:
-            try:
-                classifier.snapshot().find_examples([example_id])
-            except ValueError:
-                raise no_example(example_id) from None
-            return classifier.remove_examples([example_id])
-
-        return await change("remove_examples", act)
+        return await change("remove_examples", lambda it: it.remove_examples([example_id]), example_id=example_id)
 
     return router
 
@@ -148,6 +183,18 @@ def _check_name(text: str) -> str:
     if fault := name_fault(name):
         raise ApiError(422, "bad_name", f"expected a class name, got {text[:80]!a}, {fault}")
     return name
+
+
+def _labels(head: Head, fields: dict[str, list[str]]) -> tuple[list[str], str | list[str]]:
+    """The ids of classes in fields `class_id`, as _SEVERAL says, and the same as changes take them."""
+    given = fields.get("class_id", [])
+    if head.is_multi_label and given:
+        ids = [] if given == [""] else given
+        return ids, ids
+    if len(given) != 1 or not given[0]:
+        number = "any number, or one empty for no label" if head.is_multi_label else "one of one label a picture"
+        raise ApiError(422, "invalid_parameters", f"expected form fields 'class_id', {number}; got {given[:3]}")
+    return given, given[0]
 
 
 def _parent(names: list[str]) -> Parent:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
+from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
 from iosr_fast.head.head import Head
-from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
+from iosr_fast.head.ids import CLASS_ID, EXAMPLE_ID, example_id, example_number, uid_of
+from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
@@ -25,6 +28,7 @@ CLASS_ID_PATH = Path(max_length=40, description="id of a class, from /v1/classes
 EXAMPLE_ID_PATH = Path(max_length=40, description="id of a support image, from /v1/classes/{class_id}/examples")
 # Without a default in OpenAPI, which generated clients would send: /v1/predict refuses it without unknown=reject.
 _SHARE = f"with unknown=reject: the share of known pictures that stay [default: {KEEP}]"
+_NO_UNKNOWN = "pictures may have several labels: one of none of the classes gets none, and nothing is rejected"
 KEEP_QUERY = Query(None, gt=0, lt=1, description=_SHARE)
 
 
@@ -32,9 +36,14 @@ def make_router(service: Service) -> APIRouter:
     """GET routes about the classifier, its classes and their support images."""
     router = APIRouter(tags=["classes"])
 
-    @router.get("/v1/classifier", summary="Model, method and measured accuracy")
+    @router.get(
+        "/v1/classifier",
+        response_model_exclude_unset=True,  # several_labels
+        summary="Model, method and measured accuracy",
+    )
     async def classifier(response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
-        await service.serve_unknown()
+        if not service.head.is_multi_label:
+            await service.serve_unknown()
         response.headers["Cache-Control"] = "no-store"
         return await asyncio.to_thread(_overview, service, keep or KEEP)
 
@@ -47,7 +56,7 @@ def make_router(service: Service) -> APIRouter:
         start = -1 if after is None else uid_of(after)
         assert start is not None
         page = head.classes(start, limit)
-        more = page and page[-1].class_id != class_id(head.uids[-1])
+        more = page and page[-1].class_id != make_class_id(head.uids[-1])
         following = page[-1].class_id if more else None
         return schemas.long_answer(schemas.ClassesAnswer(head.version, len(head.uids), page, following))
 
@@ -62,14 +71,39 @@ def make_router(service: Service) -> APIRouter:
         after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
     ) -> Response:
         head = service.classifier.snapshot()
-        uid = uid_of(class_id)
-        if uid is None or head.name_of(class_id) is None:
-            raise no_class(class_id)
-        numbers = head.examples_of(uid)
+        numbers = head.examples_of(_uid(head, class_id))
         start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
         page = [example_id(number) for number in numbers[start : start + limit]]
         following = page[-1] if start + limit < len(numbers) else None
         return schemas.long_answer(schemas.ExamplesAnswer(head.version, class_id, page, following))
+
+    @router.get(
+        "/v1/examples",
+        response_model=schemas.LabelledExamplesAnswer,
+        name="labelled_examples",
+        summary="Support images with their classes, page by page",
+    )
+    def labelled_examples(
+        limit: int = _LIMIT,
+        after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
+        class_id: str | None = Query(None, max_length=40, description="those of a class; empty: those of no class"),
+    ) -> Response:
+        head = service.classifier.snapshot()
+        examples = head.examples
+        rows = np.arange(len(examples))
+        if class_id:
+            rows = examples.rows_of(_uid(head, class_id))
+        elif class_id is not None:
+            rows = np.setdiff1d(rows, rows if examples.owners is None else examples.owners)
+        rows = rows[np.argsort(examples.ids[rows])]
+        numbers = examples.ids[rows].tolist()
+        start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
+        page = [
+            schemas.ExampleInfo(example_id(number), [*map(make_class_id, examples.uids_of(row))])
+            for number, row in zip(numbers[start : start + limit], rows[start : start + limit].tolist(), strict=True)
+        ]
+        following = page[-1].example_id if start + limit < len(numbers) else None
+        return schemas.long_answer(schemas.LabelledExamplesAnswer(head.version, len(numbers), page, following))
 
     @router.get(
         "/v1/examples/{example_id}/picture",
@@ -89,22 +123,34 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
+def _uid(head: Head, class_id: str) -> int:
+    uid = uid_of(class_id)
+    if uid is None or head.name_of(class_id) is None:
+        raise no_class(class_id)
+    return uid
+
+
 def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
     head, source = service.head, service.classifier.encoder.source
-    unknown = head.unknown
+    several: Any = {"several_labels": True} if head.is_multi_label else {}
+    promise = schemas.Promise(promised=False, keep=keep, sentence=_NO_UNKNOWN)
+    if not several:
+        unknown = head.unknown
+        promise = schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep))
     return schemas.ClassifierAnswer(
         version=head.version,
         model=None if source is None else source.manifest["model"],
         method=head.config.method,
         classes=len(head.uids),
-        examples=int(head.counts.sum()),
+        examples=len(head.examples),
         measured=_measured(head),
         doubts=list(head.doubts),
-        unknown=schemas.Promise(promised=unknown.can_promise(keep), keep=keep, sentence=unknown.summary(keep)),
+        unknown=promise,
         max_error=service.settings.max_error,
         collects=service.settings.collect is not None,
         checked=_checked(service, head),
         note=service.recent.strangers.note,
+        **several,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import Metric
 
-from iosr_fast.head.predictions import Prediction
+from iosr_fast.head.predictions import ClassScore, Prediction
 from iosr_fast.serving.shares import Shares
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -47,8 +47,8 @@ class Metrics:
         self._score = histogram("score_seconds", "Time to score a batch")
         self._errors = counter("errors", "Errors in answers, of requests and of their images", ("code",))
         self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
-        self._predictions = counter("predictions", "Images by predicted class or node", ("class_id", "name"))
-        self._unknown = counter("unknown", "Images rejected because they belong to none of the classes")
+        self._predictions = counter("predictions", "Labels of images by class or node", ("class_id", "name"))
+        self._unknown = counter("unknown", "Images without a label, because they belong to none of the classes")
         self._uploads = counter("uploads", "Uploads that need a look, with --collect", ("outcome",))
         self._series: set[tuple[str, str]] = set()
 
@@ -114,15 +114,16 @@ class Metrics:
     def on_error(self, code: str) -> None:
         self._errors.labels(code).inc()
 
-    def on_prediction(self, prediction: Prediction) -> None:
-        if prediction.label is None:  # rejected
+    def on_prediction(self, *labels: Prediction | ClassScore) -> None:
+        """An image has these labels: one, or where pictures may have several any number; none is rejected."""
+        if not labels:
             self._unknown.inc()
-            return
-        key = (prediction.class_id or "", prediction.label)  # a node has no id
-        if key not in self._series and len(self._series) >= _MAX_CLASSES:
-            key = _OTHERS
-        self._series.add(key)
-        self._predictions.labels(*key).inc()
+        for one in labels:
+            key = (one.class_id or "", str(one.label))  # a node has no id
+            if key not in self._series and len(self._series) >= _MAX_CLASSES:
+                key = _OTHERS
+            self._series.add(key)
+            self._predictions.labels(*key).inc()
 
     def drop_removed(self, name_of: Callable[[str], str | None], nodes: Collection[str] = ()) -> None:
         """Remove the series of classes that were removed or renamed, whose id has another name by `name_of`, and of

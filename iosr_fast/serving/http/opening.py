@@ -94,7 +94,6 @@ class Opening:
         for name, folder in self.folders.items():
             with self._alone([name]):
                 saved = load(folder, True, threads, self.settings.expected_digest)
-                saved.head.require_single_label("the HTTP API", "serve one fitted with one label, or use predict")
                 self._own[name] = self.settings.of(name, saved.estimator is not None)
                 groups.setdefault(saved.shares, {})[name] = saved
         opened = []
@@ -139,14 +138,15 @@ class Opening:
     def _prepare(self, name: str, classifier: Classifier, metrics: Metrics, closing: ExitStack) -> Collector | None:
         """Check the promise, make logged changes again, and open what collects."""
         own = self._own[name]
-        Abstention(max_error=own.max_error).check(classifier.snapshot().require_single_label("the HTTP API"))
+        head = classifier.snapshot()
+        Abstention(max_error=own.max_error).check(head)
         if own.log is not None:
             classifier.open_log(own.log)
         if own.collect is None or own.max_error is None:
             return None
         with open(self.folders[name] / MANIFEST, "rb", opener=open_regular) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest
+        options = own.collect_limit, own.max_error, metrics.on_upload, own.check_share, digest, head.is_multi_label
         collector = Collector(own.collect, *options)
         closing.callback(collector.close)
         return collector

@@ -65,14 +65,22 @@ def make_router(served: Served) -> APIRouter:
             f"{served.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
             "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
             "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
-            "(no_promise) where there are too few support images for `keep` or `max_error`."
+            "(no_promise) where there are too few support images for `keep` or `max_error`. A classifier that was "
+            "fitted with several labels a picture answers with all of them as `top`, the most likely first, or none; "
+            "`label` is the first of them, `accepted` a list with an entry for each, and unknown=reject is refused "
+            "(no_promise)."
             + (" This server keeps whole uploads that need a look, for labelling." if settings.collect else "")
         ),
     )
     async def predict(
         request: Request,
         classifier: list[str] = names,
-        top: int = Query(5, ge=1, le=100, description="classes to return, best first"),
+        top: int = Query(
+            5,
+            ge=1,
+            le=100,
+            description="classes to return, best first; all labels of an image where it may have several",
+        ),
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
         unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
         keep: float | None = KEEP_QUERY,
@@ -163,9 +171,9 @@ def _answer(service: Service, request: Request, images: Images, results: Sequenc
         if isinstance(result, Prediction) and not math.isfinite(result.probability):  # a logit is not
             raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
         answers.append(result)
-    good = [one for one in answers if isinstance(one, Prediction)]
+    good, several = [one for one in answers if isinstance(one, Prediction)], service.head.is_multi_label
     for one in good:
-        service.metrics.on_prediction(one)
+        service.metrics.on_prediction(*(one.top if several else [one] if one.label is not None else ()))
         service.recent.add(one)
     body = {
         "version": max((one.version for one in good), default=service.classifier.version),

@@ -21,28 +21,34 @@ class Recent:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
-        self._last: deque[Prediction] = deque(maxlen=WINDOW)
+        # Of each answer the probability of each label, and whether it is accepted; None where nothing is promised.
+        self._last: deque[list[tuple[float, bool | None]]] = deque(maxlen=WINDOW)
         self.strangers = Strangers()
 
     def add(self, prediction: Prediction) -> None:
         """Count an answer. Whether its picture is strange is known where `max_error` is promised, which rests on the
         same left-out images."""
-        self._last.append(prediction)
-        if prediction.accepted is None:
+        head, labels, accepted = self._classifier.snapshot(), prediction.top, prediction.accepted
+        if not head.is_multi_label:
+            self._last.append([(prediction.probability, accepted)])  # type: ignore[list-item]  # no tuple
+        else:
+            judged = accepted if isinstance(accepted, tuple) else [None] * len(labels)
+            self._last.append([(one.probability, ok) for one, ok in zip(labels, judged, strict=True)])
+        if accepted is None:
             return
-        before, p = self.strangers.noted, prediction.top[0].probability
+        before, p = self.strangers.noted, (labels[0] if labels else prediction).probability
         odds = math.log(p / (1.0 - p)) if 0.0 < p < 1.0 else math.copysign(math.inf, p - 0.5)
-        self.strangers.add(odds <= self._classifier.snapshot().require_single_label("the HTTP API").strange_odds)
+        self.strangers.add(odds <= head.strange_odds)
         if self.strangers.noted != before:
             log("strangers", level=logging.WARNING if self.strangers.noted else logging.INFO, note=self.strangers.note)
 
     @property
     def median_probability(self) -> float:
         """Of the labels; NaN before the first."""
-        return median([one.probability for one in list(self._last)] or [math.nan])
+        return median([p for answer in list(self._last) for p, _ in answer] or [math.nan])
 
     @property
     def accepted_share(self) -> float:
-        """Of the answers that were judged by a promise; NaN before the first."""
-        judged = [one.accepted for one in list(self._last) if one.accepted is not None]
+        """Of the labels that were judged by a promise; NaN before the first."""
+        judged = [accepted for answer in list(self._last) for _, accepted in answer if accepted is not None]
         return sum(judged) / len(judged) if judged else math.nan

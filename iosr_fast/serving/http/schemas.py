@@ -112,7 +112,8 @@ class ClassifierAnswer(BaseModel):
     `max_error` is the share of wrong labels that accepted ones may have, where a request names none; null if labels are
     then not judged. `collects` is whether uploads that need a look are kept on the server, for labelling. `checked` is
     null unless it keeps a sample of accepted ones, too. `note` says when pictures have become stranger than the
-    examples."""
+    examples. `several_labels` is left out unless it is true: pictures may have several labels, or none, and
+    `measured` counts labels."""
 
     version: int
     model: str | None
@@ -126,6 +127,7 @@ class ClassifierAnswer(BaseModel):
     collects: bool
     checked: Checked | None
     note: str
+    several_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,24 @@ class ExamplesAnswer:
     version: int
     class_id: str
     example_ids: list[str]
+    next: str | None
+
+
+@dataclass(frozen=True)
+class ExampleInfo:
+    """A support image and its classes: one, or where pictures may have several labels any number."""
+
+    example_id: str
+    class_ids: list[str]
+
+
+@dataclass(frozen=True)
+class LabelledExamplesAnswer:
+    """A page of the `total` support images that were asked for, in order of their ids; `next` as for classes."""
+
+    version: int
+    total: int
+    examples: list[ExampleInfo]
     next: str | None
 
 

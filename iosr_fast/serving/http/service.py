@@ -100,7 +100,7 @@ class Service(Served):
     @property
     def head(self) -> Head:
         """The newest one."""
-        return self.classifier.snapshot().require_single_label("the HTTP API")
+        return self.classifier.snapshot()
 
     @property
     def note(self) -> str:  # type: ignore[override]
@@ -120,7 +120,7 @@ class Service(Served):
         """Compute what `keep` rests on, for whoever asks for it first; from then on changes do."""
         async with self._asking:
             if self.head.computed("unknown") is None:
-                await self.change(lambda classifier: classifier.snapshot().require_single_label("keep").with_unknown())
+                await self.change(lambda classifier: classifier.snapshot().with_unknown())
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes wait."""

@@ -87,7 +87,7 @@ function checked({ ok, status, statusText }, text) {
 
 function form(pictures, fields = {}) {
   const body = new FormData();
-  for (const [name, value] of Object.entries(fields)) body.append(name, value);
+  for (const [name, values] of Object.entries(fields)) for (const value of [values].flat()) body.append(name, value);
   for (const picture of pictures) body.append("images", picture, picture.name || "picture");
   return body;
 }
@@ -107,7 +107,7 @@ export function predict(pictures, { top, nearest, reject }, boxes) {
 async function allPages(path, field) {
   const { data: all } = await call(path);
   for (let { next } = all; next; ) {
-    const { data } = await call(`${path}?after=${encodeURIComponent(next)}`);
+    const { data } = await call(`${path}${path.includes("?") ? "&" : "?"}after=${encodeURIComponent(next)}`);
     all[field].push(...data[field]);
     next = data.next;
   }
@@ -116,13 +116,17 @@ async function allPages(path, field) {
 
 export const classifier = async () => (await call(`${V1}classifier`)).data;
 export const classes = () => allPages(`${V1}classes`, "classes");
-export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
+/** The examples of a class with their `class_ids`; of the id "" those of no class. */
+export const examples = (classId) => allPages(`${V1}examples?class_id=${encodeURIComponent(classId)}`, "examples");
+export const unlabelled = async () => (await call(`${V1}examples?class_id=&limit=1`)).data.total;
 export const firstExample = async (classId) =>
   (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
 export const addClass = (name, pictures) => call(`${V1}classes`, { method: "POST", body: form(pictures, { name }) });
-export const addExamples = (id, pictures) =>
-  call(`${classPath(id)}/examples`, { method: "POST", body: form(pictures) });
+const labels = (ids) => ({ class_id: ids.length ? ids : "" }); // An empty one is no label.
+export const addExamples = (ids, pictures) =>
+  call(`${V1}examples`, { method: "POST", body: form(pictures, labels(ids)) });
+export const relabel = (id, classIds) => call(examplePath(id), { method: "PATCH", body: form([], labels(classIds)) });
 export const renameClass = (id, name) => call(classPath(id), { method: "PATCH", body: form([], { name }) });
 export const removeClass = (id) => call(classPath(id), { method: "DELETE" });
 export const removeExample = (id) => call(examplePath(id), { method: "DELETE" });

@@ -44,6 +44,9 @@ export const signed = (number) => number.toFixed(2).replace("-", "\u2212");
 
 export const quoted = (name) => `\u201c${name}\u201d`;
 
+/** Names of classes, of which there may be none. */
+export const listed = (names) => names.map(quoted).join(", ") || "no class";
+
 /** Show a message in the bar at the bottom, which screen readers announce, until it is closed or replaced. */
 export function say(text, look = "") {
   const words = make("p", {}, text);

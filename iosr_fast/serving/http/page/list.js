@@ -2,7 +2,7 @@
 
 import { breakable, complain, count, find, make, percent, span } from "./dom.js";
 import { classify, isOutdated } from "./queue.js";
-import { naming, verdict } from "./result.js";
+import { naming } from "./result.js";
 
 const MOST = 2000; // Rows and thumbnails that a browser holds with ease.
 const COLUMNS = ["file", "label", "confidence", "alternatives", "error"];
@@ -10,8 +10,8 @@ let items = [];
 let page = null;
 
 // The selected item: {file, name, line, row} with what queue.js adds; of a part also {box: [x, y, width, height] in
-// shares of the picture's sides, number}; after a change also {before: the previous prediction, taught: the class that
-// got the picture}.
+// shares of the picture's sides, number}; after a change also {before: the previous prediction, taught: the names of the
+// classes that got the picture}.
 export let shown = null;
 
 /** Put files on the list and select the first of them: their items, for queue.js. */
@@ -71,7 +71,7 @@ export function update(changed) {
       thumbnail ?? span("missing"),
       span("file quiet", ...breakable([name, ...(notes ?? [])].join(", "))),
       span("name", ...breakable(prediction ? naming(prediction) : (error ?? "waiting"))),
-      span("probability", prediction ? percent(prediction.probability) : ""),
+      span("probability", prediction && !prediction.several ? percent(prediction.probability) : ""),
     );
   }
   const done = items.filter(({ busy }) => !busy).length;
@@ -97,10 +97,11 @@ function classifyAgain() {
 function csvRow({ file, name: shownName, box, prediction, error }) {
   const name = box ? `${wholeOf(file).name}#xywh=percent:${box.map((share) => +(100 * share).toFixed(2))}` : shownName;
   if (!prediction) return [name, "", "", "", error ?? "not classified yet"];
-  const unknown = verdict(prediction) === "unknown";
-  const described = prediction.top.map(({ label, probability }) => `${label} ${probability.toFixed(4)}`);
-  const answer = unknown ? ["unknown", ""] : [prediction.label, prediction.probability.toFixed(4)];
-  return [name, ...answer, described.slice(unknown ? 0 : 1).join("; "), ""];
+  const { labels, several, top } = prediction;
+  const described = top.map(({ label, probability }) => `${label} ${probability.toFixed(4)}`);
+  const answer = labels.map(({ label }) => label).join(";") || (several ? "" : "unknown");
+  const others = several ? [] : described.slice(labels.length);
+  return [name, answer, labels.map(({ probability }) => probability.toFixed(4)).join(";"), others.join("; "), ""];
 }
 
 function clear() {

@@ -47,10 +47,12 @@ async function refresh() {
     find("facts").textContent = "The server computes what it can promise.";
     const facts = await api.classifier();
     const total = count(classes.all.length, "class", "classes");
-    find("promise").textContent = `Each picture gets one of the ${total} below, or none.`;
+    const some = facts.several_labels ? "those it shows" : "one";
+    find("promise").textContent = `Each picture gets ${some} of the ${total} below, or none.`;
     find("collects").hidden = !facts.collects;
     showFacts(facts);
-    queue.renew(listed.version, facts.unknown);
+    queue.renew(listed.version, facts);
+    if (facts.several_labels) classes.show(listed.classes, await api.unlabelled());
     list.update([]);
     if (first) await showSamples();
   } catch (error) {
@@ -59,17 +61,19 @@ async function refresh() {
 }
 
 /** Show model, method and measured accuracy in the headline, and what speaks against them. */
-function showFacts({ model, method, measured, checked, note, doubts }) {
-  find("facts").textContent = [api.name, model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+function showFacts({ model, method, measured, checked, note, doubts, several_labels: several }) {
+  const words = [api.name, model, method, accuracy(measured, several)];
+  find("facts").textContent = words.filter(Boolean).join(" \u00b7 ");
   find("facts").title = measured?.summary ?? ""; // With what was not judged.
   const alarms = [checked?.refuted && checked.sentence, note, ...doubts].filter((words) => words);
   find("alarm").textContent = alarms.map((words) => `${words[0].toUpperCase()}${words.slice(1)}.`).join(" ");
 }
 
-function accuracy(measured) {
+function accuracy(measured, several) {
   if (!measured?.interval) return "accuracy not measured";
   const [low, high] = measured.interval.map(percent);
-  const images = count(measured.images, measured.protocol === "validation" ? "validation picture" : "left-out picture");
+  const picture = measured.protocol === "validation" ? "validation picture" : "left-out picture";
+  const images = several ? `${count(measured.images, "label")} of ${picture}s` : count(measured.images, picture);
   const stale = measured.stale ? "; measured before the last changes" : "";
   return `${percent(measured.accuracy)} of ${images} right (95%: ${low} to ${high})${stale}`;
 }
@@ -138,9 +142,8 @@ acceptChoices(find("choose"), add);
 acceptChoices(find("camera"), add);
 acceptDrops(document.documentElement, add); // Also pictures dropped outside of the stage.
 document.addEventListener("paste", paste);
-queue.setUp({ answered, refresh });
+queue.setUp({ answered, refresh, ready: refresh() });
 boxes.setUp();
 list.setUp({ selected, cleared });
 classes.setUp(change);
 teach.setUp();
-refresh();

@@ -2,12 +2,14 @@
 
 import * as api from "./api.js";
 import { prepared, preview } from "./pictures.js";
+import { labelsOf } from "./result.js";
 
 const ANSWER = { top: 5, nearest: 6 };
 const REQUESTS = 2; // While the server answers one, the pictures of the other are prepared.
 const PICTURES = 8; // Of a request, which then has at most 16 MiB. A server that takes less says so (413).
 
 export let version = null; // The newest that the page knows.
+export let several = false; // Whether pictures may have several labels there.
 let unpromised = ""; // Why that version can't reject pictures, or "".
 let waiting = [];
 let running = 0;
@@ -15,14 +17,18 @@ let size = 1; // Pictures of the next request: one, for a first answer soon, the
 let most = PICTURES;
 let page = null;
 
-/** `page.answered(items)` is called after each request, `page.refresh()` when classes were changed elsewhere. */
+/**
+ * `page.answered(items)` is called after each request, `page.refresh()` when classes were changed elsewhere. Nothing is
+ * sent before the promise `page.ready`: facts say how answers are read.
+ */
 export function setUp(callbacks) {
   page = callbacks;
 }
 
-/** The server's newest version, and what it says of rejection there, if that came. */
-export function renew(newest, unknown) {
+/** The server's newest version, and the facts of the classifier. */
+export function renew(newest, { unknown, several_labels: maySeveral = false }) {
   version = newest;
+  several = maySeveral;
   unpromised = unknown?.promised === false ? unknown.sentence : "";
 }
 
@@ -31,8 +37,9 @@ export function renew(newest, unknown) {
  * `roundTripMs`, `version` and `unchecked` (why it may belong to none of the classes), or an `error`, with `failed` if
  * another try may help. `notes` say how its file was changed for the server, `thumbnail` is an element.
  */
-export function classify(items, first = false) {
+export async function classify(items, first = false) {
   for (const item of items) item.busy = true;
+  await page.ready;
   waiting = first ? [...items, ...waiting] : [...waiting, ...items];
   if (!running) size = 1;
   while (running < Math.min(REQUESTS, waiting.length)) work();
@@ -109,7 +116,9 @@ async function predict(items, files) {
   const facts = { latencyMs: data.latency_ms, roundTripMs, version: data.version, unchecked };
   items.forEach((item, i) => {
     const prediction = data.predictions[i];
-    settle(item, prediction.error ? { error: prediction.error.message } : { prediction, ...facts });
+    if (prediction.error) return settle(item, { error: prediction.error.message });
+    Object.assign(prediction, { several, labels: labelsOf(prediction, several) });
+    settle(item, { prediction, ...facts });
   });
   if (![known, version].includes(data.version)) page.refresh();
 }

@@ -6,13 +6,21 @@ import { breakable, count, find, make, percent, quoted, signed, span } from "./d
 const UNSURE = 0.5; // A less probable label is more likely wrong than right.
 const START = 0.1; // Length of the shortest part of a bar, as a share of the range of that part.
 
-/** "unknown" (of none of the classes), "unsure" or "sure". The server's promise decides what is sure, if it has one. */
-export const verdict = ({ unknown, accepted, probability }) =>
-  unknown?.rejected ? "unknown" : (accepted ?? probability >= UNSURE) ? "sure" : "unsure";
+/**
+ * The labels of an answer, each {label, probability, isSure}: one, none of a picture of none of the classes, or where
+ * pictures may have several any number. The server's promise decides what is sure, if it has one.
+ */
+export function labelsOf({ top, label, probability, accepted }, several) {
+  const given = several ? top : label === null ? [] : [{ label, probability }];
+  return given.map((one, i) => ({ ...one, isSure: [accepted].flat()[i] ?? one.probability >= UNSURE }));
+}
 
-/** The label in few words. */
-export const naming = (prediction) =>
-  ({ unknown: "unknown", unsure: `? ${prediction.label}`, sure: prediction.label })[verdict(prediction)];
+/** "unknown" (of none of the classes), "unsure" (of a label) or "sure". */
+export const verdict = ({ labels }) => (!labels.length ? "unknown" : labels.every((one) => one.isSure) ? "sure" : "unsure");
+
+/** The labels in few words. */
+export const naming = ({ labels, several }) =>
+  labels.map(({ label, isSure }) => (isSure ? label : `? ${label}`)).join(", ") || (several ? "no label" : "unknown");
 
 // The parts of a logit, in the order of a bar. `cache` is the sum of the last two.
 const PARTS = {
@@ -47,12 +55,12 @@ function bar(lengths, parts) {
   return make("span", { class: "bar", "aria-hidden": "true" }, ...spans);
 }
 
-function bars(top, parts, classCount) {
+function bars(top, parts, classCount, several) {
   const lengths = barLengths(top, parts);
   const rows = top.map(({ label, probability }, i) =>
     make("li", {}, span("name", ...breakable(label)), bar(lengths[i], parts), span("probability", percent(probability))),
   );
-  if (classCount > top.length) {
+  if (classCount > top.length && !several) {
     const rest = Math.max(0, 1 - top.reduce((sum, score) => sum + score.probability, 0));
     const name = count(classCount - top.length, "other class", "other classes");
     rows.push(make("li", { class: "rest quiet" }, span("name", name), span("probability", percent(rest))));
@@ -78,9 +86,10 @@ export function supportPicture(exampleId, words) {
   return make("img", { src: pictureAddress(exampleId), alt: words, loading: "lazy", error: missing });
 }
 
-const neighbour = ({ example_id, label, similarity }) => {
-  const words = [span("name", label), span("quiet", signed(similarity))];
-  return make("li", {}, supportPicture(example_id, `example of ${label}`), ...words);
+const neighbour = ({ example_id, label, similarity }, several) => {
+  const name = several ? label.replaceAll(";", ", ") || "no label" : label;
+  const words = [span("name", name), span("quiet", signed(similarity))];
+  return make("li", {}, supportPicture(example_id, `example of ${name}`), ...words);
 };
 
 const VERDICTS = {
@@ -96,6 +105,21 @@ const VERDICTS = {
   sure: ({ label, probability, path }) => [likely(label, probability), ...place(label, path)],
 };
 
+/** Several labels, or none. */
+const chips = ({ labels, accepted, probability }) =>
+  labels.length
+    ? [make("ul", { class: "chips" }, ...labels.map((one) => chip(one, accepted)))]
+    : [
+        make("p", { class: "label" }, "No label"),
+        make("p", {}, `This picture has none of the classes: the most likely one has ${percent(probability)}.`),
+      ];
+
+function chip({ label, probability, isSure }, accepted) {
+  const words = isSure ? accepted && "accepted" : accepted ? "look at it" : "not sure";
+  const facts = span("quiet", [percent(probability), words].filter(Boolean).join(", "));
+  return make("li", { class: isSure ? "chip" : "chip unsure" }, span("name", ...breakable(label)), " ", facts);
+}
+
 /** Where a label is in the classifier's tree, from the root down, if that is not directly below the root. */
 const place = (label, path) => (path?.length ? [make("p", { class: "quiet" }, [...path, label].join(" > "))] : []);
 
@@ -108,9 +132,9 @@ function heading({ name, prediction, error, busy, before }) {
     return [make("p", { class: "label bad" }, "Not classified"), make("p", { class: "bad" }, ...breakable(`${name}: ${error}`))];
   }
   if (!prediction) return [make("p", { class: "label quiet" }, "Classifying\u2026")];
-  const lines = VERDICTS[verdict(prediction)](prediction);
+  const lines = prediction.several ? chips(prediction) : VERDICTS[verdict(prediction)](prediction);
   if (before && !busy) {
-    const words = verdict(before) === "unknown" ? "unknown" : described(before);
+    const words = before.several || !before.labels.length ? naming(before) : described(before);
     lines.push(make("p", {}, `Before the change: ${words}.`));
   }
   return lines;
@@ -124,17 +148,20 @@ export function show(item, classCount) {
   find("answer").replaceChildren(...heading(item));
   find("scores").hidden = !prediction;
   if (!prediction) return;
-  const { top, nearest, unknown } = prediction;
+  const { top, nearest, unknown, several } = prediction;
   const isUsed = (name) => name === "examples" || top.some((score) => PARTS[name](score) !== 0);
   const parts = Object.entries(PARTS).filter(([name]) => isUsed(name));
   for (const name of ["texts", "adapter"]) find(`through-${name}`).hidden = !isUsed(name);
-  find("bars").replaceChildren(...bars(top, parts, classCount));
+  find("why").hidden = !top.length;
+  for (const id of ["bars", "bars-hint"]) find(id).hidden = top.length < 2; // They compare.
+  find("bars").replaceChildren(...bars(top, parts, classCount, several));
   find("numbers").replaceChildren(...numbers(top, parts));
+  find("unlikeness").hidden = several;
   find("unlikeness").textContent = unknown
     ? `Unlikeness to all classes: ${signed(unknown.score)}, about 0 for pictures of the classes.`
     : `Not checked for \u201cunknown\u201d: ${unchecked}.`;
   find("times").textContent =
     `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms round trip, model version ${version}`;
   find("near").hidden = !nearest.length;
-  find("nearest").replaceChildren(...nearest.map(neighbour));
+  find("nearest").replaceChildren(...nearest.map((one) => neighbour(one, several)));
 }

@@ -1,11 +1,14 @@
 // The forms that teach a class: "Add a class", from examples; under an answer "It is", which confirms or corrects it.
 
 import { named, teach } from "./classes.js";
-import { count, find, onSubmit, quoted, removable } from "./dom.js";
+import { count, find, listed, onSubmit, removable } from "./dom.js";
+import { chooser } from "./labels.js";
 import { shown } from "./list.js";
 import { acceptChoices, acceptDrops, preview } from "./pictures.js";
+import { several } from "./queue.js";
 
 let examples = [];
+let truths = null; // The chooser of several labels.
 
 /** Add examples to the form of a new class. */
 export async function collect(files) {
@@ -35,7 +38,7 @@ function leaveOut(example) {
 
 async function addClass() {
   const files = examples.map(({ file }) => file);
-  if (!(await teach(find("new-name").value.trim(), files))) return;
+  if (!(await teach([find("new-name").value.trim()], files))) return;
   find("teach").reset();
   examples = [];
   draw();
@@ -46,22 +49,28 @@ export function offer() {
   const { prediction, busy, taught, box } = shown;
   find("correct").hidden = !prediction || Boolean(taught || box); // Examples are whole pictures.
   find("taught").hidden = !taught;
-  if (taught) find("taught").textContent = `Added to the examples of ${quoted(taught)}.`;
+  if (taught) find("taught").textContent = `Added to the examples of ${listed(taught)}.`;
   if (busy || find("correct").contains(document.activeElement)) return;
   find("correct").reset();
-  find("truth").value = prediction?.label ? prediction.top[0].label : ""; // A label may be above classes.
+  find("truth").required = !several;
+  if (several) {
+    truths.fill(prediction?.labels.map(({ label }) => label) ?? []);
+    find("truth-label").textContent = "Its labels are";
+    find("truth").placeholder = "Add a label";
+    find("truth-hint").textContent = "Adds this picture to the examples of these classes, or of none.";
+  } else find("truth").value = prediction?.label ? prediction.top[0].label : ""; // A label may be above classes.
   nameButton();
 }
 
 function nameButton() {
   const name = find("truth").value.trim();
-  find("correct-button").textContent = name && !named(name) ? "Add as a new class" : "Confirm";
+  find("correct-button").textContent = name && !named(name) && !several ? "Add as a new class" : "Confirm";
 }
 
 async function correct() {
-  const [item, name] = [shown, find("truth").value.trim()];
-  if (!(await teach(name, [item.file]))) return;
-  item.taught = name;
+  const [item, names] = [shown, several ? truths.chosen() : [find("truth").value.trim()]];
+  if (!(await teach(names, [item.file]))) return;
+  item.taught = names;
   if (item !== shown) return; // Another one was selected meanwhile.
   offer();
   find("taught").focus();
@@ -75,6 +84,7 @@ export function setUp() {
   acceptDrops(find("teach-stage"), collect);
   draw();
   onSubmit(find("teach"), addClass);
+  truths = chooser(find("truth"), find("truths"), () => several);
   find("truth").addEventListener("focus", ({ target }) => target.select());
   find("truth").addEventListener("input", nameButton);
   onSubmit(find("correct"), correct);
