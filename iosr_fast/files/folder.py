@@ -38,9 +38,9 @@ class FolderPredictions(Result):
                    not asked for
     accepted       (B,) bool, whether nobody needs to look at the label. None if `max_error` was not asked for
 
-    Where pictures may have several labels, `labels` (B,) are frozensets, with `max_error` of those that are accepted, as
-    in `predict`. `probabilities` and `accepted` (B,) of dtype object are dicts of all labels that a picture has: of each
-    its probability, and whether it is accepted.
+    Where pictures may have several labels, `labels` (B,) are frozensets, with `max_error` of those that are accepted,
+    as in `predict`. `probabilities` and `accepted` (B,) of dtype object are dicts of all labels that a picture has: of
+    each its probability, and whether it is accepted.
 
     Iterating gives (path, label, probability) of each readable image.
 

@@ -111,8 +111,8 @@ class CsvTable:
     and label_path, the names from the root down to the label, joined by " > "; both are blank of rejected pictures.
     Label and probability are those of an accepted node, and label_2 stays the second class.
 
-    With `multi_label`: path; labels and probabilities of those that a picture has, and of each with a promise whether it
-    is accepted, joined by SEPARATOR, the most likely first; error. Texts are `escaped`.
+    With `multi_label`: path; labels and probabilities of those that a picture has, and with a promise whether each is
+    accepted, joined by SEPARATOR, the most likely first; error. Texts are `escaped`.
     """
 
     top: int = 1
