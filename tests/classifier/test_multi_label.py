@@ -25,6 +25,7 @@ from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.tune import tune
 from iosr_fast.reports.evaluation_report import evaluation_page
@@ -195,9 +196,9 @@ def test_an_evaluation_is_of_the_labels_given(promising: Any) -> None:
     assert (len(wrong), len(missed)) == (found.wrong, found.missed) and min(found.wrong, found.missed) > 0
     for mistakes, of in ((wrong, given & ~truth), (missed, truth & ~given)):
         assert {(i, name) for i, name, _ in mistakes} == {(i, names[c]) for i, c in np.argwhere(of)}
-        assert [share for *_, share in mistakes] == pytest.approx(
-            [proba[i, NAMES.index(name)] for i, name, _ in mistakes]
-        )
+        shares = [proba[i, NAMES.index(name)] for i, name, _ in mistakes]
+        assert [share for *_, share in mistakes] == pytest.approx(shares)
+    assert sorted(found.wrong_confidence) == pytest.approx(sorted(share for *_, share in wrong))
     surest = [one.probability if one.predicted else 1 - one.label_probability for one in found.mistakes]
     assert surest == sorted(surest, reverse=True)
     (expected,) = classifier.explain(images[found.mistakes[0].image], nearest=3)
@@ -266,6 +267,8 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
         partial(classifier.predict_jointly, image): "joint",
         partial(classifier.predict_folder, tmp_path, joint=True): "joint",
         partial(classifier.predict_folder, tmp_path, unknown="reject"): "unknown",
+        Classify(str(tmp_path / "bundle"), joint=True).check: "joint",
+        Classify(str(tmp_path / "bundle"), abstention=Abstention(0.9, "?")).check: "unknown",
         partial(classifier.evaluate, image, sets_of(LABELS[:1]), image): "evaluate with unknown_images",
         partial(classifier.evaluate, image, sets_of(LABELS[:1]), coverage=0.8): "evaluate with .*coverage",
         partial(classifier.predict, image, unknown="reject"): "unknown",
