@@ -355,7 +355,8 @@ class Classifier(Answering, Changing, Estimator):
         Labels are those of `predict`. The first unreadable image is an error unless `skip_bad`. `joint` classifies all
         together, as `predict_jointly`. unknown="reject" gives `unknown_label`, which no class may have, to pictures of
         none of the classes; with `joint` they are left out first. `max_error` says whose label is `accepted`, as in
-        `predict`, and keeps all labels; it is refused with `joint`.
+        `predict`, and keeps all labels (of several a picture those that are accepted, FolderPredictions); it is refused
+        with `joint`.
         """
         abstention = check_abstention(unknown, unknown_label, keep, max_error)
         fit = self._store.fitted()
@@ -390,7 +391,8 @@ class Classifier(Answering, Changing, Estimator):
         """Measure the classifier on labelled images that are not its support images: accuracy, classes, confusions,
         calibration, mistakes, and what the promises of `predict_sets` (`coverage`) and of unknown="reject" (`keep`) are
         worth; print its `summary()`. Labels are those of `score`, `unknown_images` belong to none of the classes, other
-        options are those of `predict_folder`."""
+        options are those of `predict_folder`. With several labels a picture figures are of the labels given, with the
+        share of labels found, and `unknown_images`, `coverage` and `keep` are refused."""
         fit = self._store.fitted()
         reader = self._reader(fit, batch, skip_bad, threads)
         return evaluate_images(fit, reader, images, labels, unknown_images, coverage, keep, bool(self.progress))

@@ -54,7 +54,8 @@ def classify(
     Writes rows of path, label, probability and error (why an image can't be read) as CSV to standard output, or to a
     file, where an interrupted run resumes; with --html alone a page instead of the rows. --max-error adds the column
     accepted, and the page shows the images whose label is not accepted. Where the classifier has a tree it also adds
-    level, 0 for a class, 1 for the deepest nodes, and label_path, and the label may be such a node.
+    level, 0 for a class, 1 for the deepest nodes, and label_path, and the label may be such a node. Where pictures may
+    have several labels, a row has all of them: labels, probabilities and accepted are each joined by ";" in CSV.
 
     With --sort the images are also hard links, or copies on another file system, in FOLDER: those with an accepted
     label below CLASS/, of a node of a tree NODE/(group)/, the others below look/, each with its path in the input.
@@ -63,8 +64,9 @@ def classify(
 
     A detector file (JSON of MegaDetector, COCO or Label Studio) stands for its boxes. With --out of .json it is written
     with a class for each: MegaDetector's get classifications, the --top best; COCO's the category_id and score (the
-    detector's own become detection_category_id and detection_score); Label Studio's tasks a prediction. A box that is
-    rejected, or whose label is not accepted, gets none, nor keeps that of an earlier run; all else stays.
+    detector's own become detection_category_id and detection_score), and of several labels an annotation for each, with
+    detection_copy_of, the first's id; Label Studio's tasks a prediction. A box that is rejected, or whose label is not
+    accepted, gets none, nor keeps that of an earlier run; all else stays.
 
     For millions of images --out is a folder (a name without a suffix). It gets Parquet parts, which also have the
     class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and adapter, what
@@ -118,10 +120,12 @@ def classify(
         source = embedded or read_source(images, form == "parts", skip_bad, boxes)
         if sort is not None:
             check_sort(sort, images, source.paths)
-        top = top or (5 if form == "parts" else 1)
-        detections = DetectionsTable.of(images[0], boxes, top) if form == "json" else None
-        work = Classify(str(classifier), form, top, abstention, joint, detections)
-        work.check(single_label=html is not None)
+        most = top or (5 if form == "parts" else 1)
+        detections = DetectionsTable.of(images[0], boxes, most) if form == "json" else None
+        work = Classify(str(classifier), form, most, abstention, joint, detections)
+        if top is not None:
+            work.head.require_single_label("--top", "leave it out, a picture has all of its labels")
+        work.check()
         folders = {} if sort is None else class_folders(work.head.require_single_label("--sort"))
         counts = run(work, source, out or text, ReadOptions(batch, runtime, threads, skip_bad), chunk, pool)
     kind = "boxes" if all(map(is_detector_file, images)) else "images"
@@ -130,8 +134,9 @@ def classify(
     if reject_unknown:
         note(f"rejected {counts.rejected} of {labels} {kind}{'' if detections else f' as {abstention.label!r}'}")
     if max_error is not None:
-        note(f"accepted {counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look")
-        note(*(f"{classifier}: {doubt}" for doubt in work.head.require_single_label("--max-error").doubts))
+        look = f"{counts.accepted:,} of {labels:,} labels; {labels - counts.accepted:,} need a look"
+        note(f"accepted {f'{counts.accepted:,} labels of {labels:,} {kind}' if work.head.is_multi_label else look}")
+        note(*(f"{classifier}: {doubt}" for doubt in work.head.doubts))
     if html is not None:
         text.seek(0)
         rows = read_table(text if out is None else out)

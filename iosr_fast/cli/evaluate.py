@@ -70,6 +70,10 @@ def saved(
     Then the classes and pairs of classes with the most mistakes, log-loss, calibration, and what the promises of label
     sets and of rejection are worth. --html shows the mistakes with their pictures and the nearest examples.
 
+    Where pictures may have several labels, IMAGES is a CSV file with the column labels, which has all labels of a
+    picture joined by ";". Figures are of the labels given, and say how many labels are found; there are no label sets
+    and no rejection.
+
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
     from iosr_fast.classifier import Classifier
@@ -109,6 +113,12 @@ def saved(
             f"expected labels among the {len(known)} classes of {classifier} ({abbreviate(known)}), got "
             f"{abbreviate(foreign)}: {folders}rename these or leave them out; images of no class go to --unknown-images"
         )
+    several = loaded.snapshot().is_multi_label
+    if several and not isinstance(labels[0], frozenset):
+        raise IosrFastError(
+            f"expected a CSV file with the column labels (all labels of a picture, joined by ;), as pictures of "
+            f"{classifier} may have several, got one label a picture in {images}"
+        )
     found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
     say(*found.summary().split("\n"))
     first = partial(echo_first, by="--html or --json" if rows is None else "--json")
@@ -116,8 +126,7 @@ def saved(
     first("least often right:", [f"{one.label}: {one.right} of {one.images}" for one in worst])
     mixups = [f"{one.label} taken for {one.other}: {one.mistaken} of {one.images}" for one in found.mixups]
     first("most confused:", mixups)
-    wrong = [f"{one.image}: {one.label} taken for {one.predicted} ({one.probability:.0%})" for one in found.mistakes]
-    first("most probable mistakes:", wrong, found.wrong)
+    first("most probable mistakes:", [f"{one.image}: {one}" for one in found.mistakes], found.mistaken)
     first("unreadable:", [str(error) for error in found.errors], most=len(found.errors))
     if html is not None:
         title = f"Evaluation of {classifier.name} on {images.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +21,8 @@ class DetectionsTable:
     """The document of `file` (its SHA-256 is `sha256`) with the classes of the selected boxes, by a `classifier`.
 
     A group has for each box a line, JSON of the (label, probability) of its classes, best first, 4 digits. A box that
-    can't be read or is rejected as unknown, or whose label is not accepted, has none.
+    can't be read or is rejected as unknown, or whose label is not accepted, has none; of several labels it has those
+    that are accepted.
     """
 
     file: str
@@ -60,6 +62,8 @@ class DetectionsTable:
 def _classes(row: TableRow) -> Classes:
     if not row.classes or row.accepted is False or (row.unknown is not None and row.unknown.rejected):
         return []
+    if isinstance(row.accepted, tuple):
+        return [(label, round(share, 4)) for label, share in compress(row.classes, row.accepted)]
     best = dict(zip(LABELS, row.classes[0], strict=True)) | row.values(None)
     is_class = best["label"] == row.classes[0][0]  # not a node of a tree
     classes = row.classes if is_class else [(best["label"], best["probability"])]

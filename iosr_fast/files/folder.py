@@ -38,8 +38,9 @@ class FolderPredictions(Result):
                    not asked for
     accepted       (B,) bool, whether nobody needs to look at the label. None if `max_error` was not asked for
 
-    Where pictures may have several labels, `labels` (B,) are frozensets, and `probabilities` (B,) of dtype object are
-    dicts of each of these labels and its probability.
+    Where pictures may have several labels, `labels` (B,) are frozensets, with `max_error` of those that are accepted,
+    as in `predict`. `probabilities` and `accepted` (B,) of dtype object are dicts of all labels that a picture has: of
+    each its probability, and whether it is accepted.
 
     Iterating gives (path, label, probability) of each readable image.
 
@@ -78,19 +79,16 @@ def predict_folder(
     """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or abstention != NONE_WITHHELD:
-        single = head.require_single_label("predict_folder with joint, unknown or max_error", "leave them out")
-        abstention.check(single, joint=joint)
-    together, rejections, accepted = None, None, None
+        abstention.check(head, joint=joint)
+    together, rejections = None, None
     answers: Sequence[Prediction]
     if joint:
         readable, errors, queries = reader.embed(listing.paths)
-        together, answers = classify_jointly(single, queries, abstention)
+        together, answers = classify_jointly(head, queries, abstention)
     else:
         readable, errors, batches = reader.read(listing.paths, lambda rows: predict(head, rows, abstention=abstention))
         answers = list(chain.from_iterable(batches))
-    labels, probabilities = _columns_of(head, answers)
-    if abstention.max_error is not None:
-        accepted = np.array([one.accepted for one in answers], bool)
+    labels, probabilities, accepted = _columns_of(head, answers, abstention.max_error is not None)
     if abstention.keep is not None:
         rejections = [one.unknown for one in answers if one.unknown is not None]
         labels = replaced(labels, np.array([one.rejected for one in rejections], bool), abstention.label)
@@ -106,12 +104,21 @@ def predict_folder(
     )
 
 
-def _columns_of(head: Head, answers: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
-    """The labels and probabilities (B,) of a FolderPredictions."""
+def _columns_of(
+    head: Head, answers: Sequence[Prediction], promised: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The labels, probabilities and accepted (B,) of a FolderPredictions."""
     if not head.is_multi_label:
         labels, shares = zip(*(one.answer for one in answers), strict=True) if answers else ((), ())
-        return np.array(labels, str), np.array(shares, np.float32)
-    sets, probabilities = np.empty(len(answers), object), np.empty(len(answers), object)
+        accepted = np.array([one.accepted for one in answers], bool) if promised else None
+        return np.array(labels, str), np.array(shares, np.float32), accepted
+    sets, probabilities, passes = (np.empty(len(answers), object) for _ in range(3))
     probabilities[:] = [dict(one.pairs) for one in answers]
     sets[:] = [frozenset(one) for one in probabilities]
-    return sets, probabilities
+    if not promised:
+        return sets, probabilities, None
+    for row, one in enumerate(answers):
+        assert isinstance(one.accepted, tuple)
+        passes[row] = dict(zip(probabilities[row], one.accepted, strict=True))
+        sets[row] = frozenset(name for name, accepted in passes[row].items() if accepted)
+    return sets, probabilities, passes

@@ -43,14 +43,14 @@ _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 
 class TableRow(NamedTuple):
     """An image's `classes`, best first, each with the values of the table's fields, or why it can't be read. Where
-    pictures may have several labels, the classes are those that it has. `node` has the columns of the best class that
-    a node of a tree changes, and those of its own."""
+    pictures may have several labels, the classes are those that it has, and `accepted` is of each. `node` has the
+    columns of the best class that a node of a tree changes, and those of its own."""
 
     key: str
     classes: Sequence[Sequence[Any]] = ()
     unknown: Rejection | None = None
     error: str = ""
-    accepted: bool | None = None
+    accepted: bool | tuple[bool, ...] | None = None
     node: Mapping[str, Any] | None = None
 
     def values(self, unknown_label: str | None) -> dict[str, Any]:
@@ -64,10 +64,19 @@ class TableRow(NamedTuple):
         return values
 
 
+class Answer(NamedTuple):
+    """A label of an image, its probability, and whether it is accepted: None where that was not asked for."""
+
+    label: str
+    probability: float
+    accepted: bool | None = None
+
+
 class Labelled(NamedTuple):
     """An image of a table: its label and the probability of its best class, or why it could not be read; and its
     unknown score, where unknown pictures are rejected. NaN for what is missing. `accepted` is whether nobody needs to
-    look at the label, None where that was not asked for."""
+    look at the label, None where that was not asked for. Where pictures may have several labels, `several` has all, and
+    `label` is the first, "" of none."""
 
     path: str
     label: str
@@ -75,6 +84,12 @@ class Labelled(NamedTuple):
     unknown_score: float
     error: str
     accepted: bool | None = None
+    several: tuple[Answer, ...] | None = None
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """Its labels: one, or where there may be several any number."""
+        return (Answer(self.label, self.probability, self.accepted),) if self.several is None else self.several
 
 
 def row_of(key: str, answer: Prediction, fields: Sequence[str]) -> TableRow:
@@ -96,8 +111,8 @@ class CsvTable:
     and label_path, the names from the root down to the label, joined by " > "; both are blank of rejected pictures.
     Label and probability are those of an accepted node, and label_2 stays the second class.
 
-    With `multi_label`: path; labels and probabilities of those that a picture has, each joined by SEPARATOR, the most
-    likely first; error. Texts are `escaped`.
+    With `multi_label`: path; labels and probabilities of those that a picture has, and with a promise whether each is
+    accepted, joined by SEPARATOR, the most likely first; error. Texts are `escaped`.
     """
 
     top: int = 1
@@ -120,7 +135,7 @@ class CsvTable:
             classes: Iterable[Any] = chain.from_iterable(row.classes)
             if self.multi_label:
                 labels, probabilities = zip(*row.classes, strict=True) if row.classes else ((), ())
-                classes = SEPARATOR.join(labels), SEPARATOR.join(map(_text, probabilities))
+                classes = SEPARATOR.join(labels), probabilities
             values = dict(zip(of_classes, classes, strict=False)) | row.values(self.unknown_label)
             writer.writerow([_text(values.get(name)) for name in (*names, "error")])
         return text.getvalue().encode()
@@ -142,10 +157,14 @@ class ParquetTable:
     top[0]. An unreadable image has its error, the rest is null; other errors are null. A rejected picture has the label
     `unknown_label`, no class_id, and the scores of its most likely class. Columns and types depend on the options
     alone, in pandas too, whatever is null.
+
+    With `multi_label`: path; labels, a list of texts; top, as above, of these labels; accepted, with a promise, a list
+    of bool; error. A picture without a label has empty lists, not null.
     """
 
     unknown_label: str | None = None
     promise: tuple[str, ...] = ()
+    multi_label: bool = False
     suffix: ClassVar[str] = ".parquet"
     fields: ClassVar[tuple[str, ...]] = SCORES
 
@@ -177,19 +196,27 @@ class ParquetTable:
     def _arrow(self, rows: Sequence[TableRow]) -> Any:
         pa = require("pyarrow", "parquet")
         kinds = [(name, pa.string() if name in ("label", "class_id") else pa.float32()) for name in self.fields]
-        columns = [("path", pa.string()), *kinds, ("top", pa.list_(pa.struct(kinds)))]
+        best = [("labels", pa.list_(pa.string()))] if self.multi_label else kinds
+        columns = [("path", pa.string()), *best, ("top", pa.list_(pa.struct(kinds)))]
         columns += [(UNKNOWN_SCORE, pa.float32())] * (self.unknown_label is not None)
-        columns += [(name, {ACCEPTED: pa.bool_(), "level": pa.int32()}.get(name, pa.string())) for name in self.promise]
-        schema = pa.schema([*columns, ("error", pa.string())], _PANDAS if self.promise else None)
+        types = {ACCEPTED: pa.list_(pa.bool_()) if self.multi_label else pa.bool_(), "level": pa.int32()}
+        columns += [(name, types.get(name, pa.string())) for name in self.promise]
+        metadata = _PANDAS if self.promise and not self.multi_label else None
+        schema = pa.schema([*columns, ("error", pa.string())], metadata)
         return pa.Table.from_pylist([*map(self._record, rows)], schema=schema)
 
     def _record(self, row: TableRow) -> dict[str, Any]:
         """The values of the columns; those that are left out are null."""
         top = [dict(zip(self.fields, values, strict=True)) for values in row.classes]
+        if self.multi_label:
+            lists = {} if row.error else {"labels": [one["label"] for one in top], "top": top}
+            return lists | row.values(self.unknown_label)
         return {**(top[0] if top else {}), "top": top or None, **row.values(self.unknown_label)}
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return SEPARATOR.join(map(_text, value))
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:.4f}" if isinstance(value, float) else escaped("" if value is None else str(value))
@@ -199,9 +226,28 @@ def read_table(source: Path | TextIO) -> Iterator[Labelled]:
     """The rows of a file, or of CSV text; numbers with the 4 digits of CSV."""
     for row in _read(source):
         path, label, error = (row.get(name) or "" for name in ("path", "label", "error"))
-        numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
-        probability, score = (math.nan if number in (None, "") else round(float(number), 4) for number in numbers)
+        if "labels" in row:
+            several = _answers(row)
+            yield Labelled(path, *(several or [Answer("", math.nan)])[0][:2], math.nan, error, None, several)
+            continue
+        probability, score = map(_number, (row.get(name) for name in ("probability", UNKNOWN_SCORE)))
         yield Labelled(path, label, probability, score, error, _ACCEPTED.get(row.get(ACCEPTED)))
+
+
+def _number(value: Any) -> float:
+    return math.nan if value in (None, "") else round(float(value), 4)
+
+
+def _answers(row: Mapping[str, Any]) -> tuple[Answer, ...]:
+    """The labels of a row that may have several."""
+    if "top" in row:
+        labels, shares = row["labels"] or (), [one["probability"] for one in row["top"] or ()]
+        accepted = row.get(ACCEPTED) or ()
+    else:
+        texts = (row.get(name) or "" for name in ("labels", "probabilities", ACCEPTED))
+        labels, shares, accepted = (text.split(SEPARATOR) if text else [] for text in texts)
+    of_each = [_ACCEPTED[one] for one in accepted] or [None] * len(labels)
+    return tuple(map(Answer, labels, map(_number, shares), of_each))
 
 
 def _read(source: Path | TextIO) -> Iterator[dict[str, Any]]:
@@ -214,4 +260,5 @@ def _read(source: Path | TextIO) -> Iterator[dict[str, Any]]:
     else:
         with require("pyarrow.parquet", "parquet").ParquetFile(source) as table:
             for batch in table.iter_batches():
-                yield from batch.drop_columns(["top"]).to_pylist()
+                several = "labels" in batch.schema.names
+                yield from (batch if several else batch.drop_columns(["top"])).to_pylist()

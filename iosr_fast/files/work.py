@@ -117,15 +117,10 @@ class Classify:
     def head(self) -> Head:
         return self.bundle.head
 
-    def check(self, single_label: bool = False) -> None:
-        """Raise IosrFastError, before an image is read, for what this classifier can't do; with `single_label` for
-        one of several labels a picture."""
-        if single_label or self.joint or self.form != "csv" or self.top > 1 or self.abstention != NONE_WITHHELD:
-            single = self.head.require_single_label(
-                "a table with --joint, --reject-unknown, --max-error, --html, --top or in another format than CSV",
-                "leave these out, and give a .csv file for --out, or none",
-            )
-            self.abstention.check(single, joint=self.joint)
+    def check(self) -> None:
+        """Raise IosrFastError, before an image is read, for what this classifier can't do."""
+        if self.joint or self.abstention != NONE_WITHHELD:
+            self.abstention.check(self.head, joint=self.joint)
 
     @cached_property
     def table(self) -> CsvTable | ParquetTable | DetectionsTable:
@@ -135,10 +130,10 @@ class Classify:
         label, promise = self.abstention.label, tuple[str, ...]()
         if self.abstention.max_error is not None:
             promise = PROMISE if self.head.paths is None else TREE_PROMISE
+        multi_label = self.head.is_multi_label
         if self.form == "csv":
-            classes, multi_label = len(self.head.class_names), self.head.is_multi_label
-            return CsvTable(min(self.top, classes), label, multi_label, promise)
-        return ParquetTable(label, promise)
+            return CsvTable(min(self.top, len(self.head.class_names)), label, multi_label, promise)
+        return ParquetTable(label, promise, multi_label)
 
     @property
     def suffix(self) -> str:
@@ -178,15 +173,15 @@ class Classify:
         readable = [key for key, error in zip(keys, errors, strict=True) if error is None]
         if self.joint:
             queries = Embeddings.concatenate(results) if results else None
-            head = self.head.require_single_label("joint")
-            together, answers = classify_jointly(head, queries, self.abstention, self.top)
+            together, answers = classify_jointly(self.head, queries, self.abstention, self.top)
             say(together.summary())
         else:
             answers = list(chain.from_iterable(results))
         made = map(row_of, readable, answers, repeat(self.table.fields))
         rows = [TableRow(key, error=error) if error else next(made) for key, error in zip(keys, errors, strict=True)]
         rejected = sum(row.unknown is not None and row.unknown.rejected for row in rows)
-        return self.table.encode(rows, first), rejected, sum(bool(row.accepted) for row in rows)
+        accepted = sum(sum(one) if isinstance(one := row.accepted, tuple) else bool(one) for row in rows)
+        return self.table.encode(rows, first), rejected, accepted
 
 
 Work: TypeAlias = Embed | Classify

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.head.predictions import Neighbour
+from iosr_fast.head.quality_parts import ClassResult, Mistake, Mixup, SetCoverage, UnknownResult
 from iosr_fast.methods.automation import Automation
 from iosr_fast.methods.config import wilson
 from iosr_fast.methods.conformal import BINS, LEFT_OUT, Reliability, counted_as
@@ -22,94 +22,26 @@ MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
 MATRIX = 30  # classes up to which a confusion matrix is shown and stored
 
 
-@dataclass(frozen=True)
-class ClassResult:
-    """A class: of the `images` with its label, `right` were given it; `predicted` images were given it in all."""
-
-    label: str
-    images: int
-    right: int
-    predicted: int
-
-    @property
-    def recall(self) -> float:
-        """The share of its images that are right; NaN without images."""
-        return self.right / self.images if self.images else math.nan
-
-    @property
-    def precision(self) -> float:
-        """The share of images given this label that have it; NaN if none was given it."""
-        return self.right / self.predicted if self.predicted else math.nan
-
-
-@dataclass(frozen=True)
-class Mixup:
-    """Of the `images` with `label`, `mistaken` were taken for `other`."""
-
-    label: str
-    other: str
-    images: int
-    mistaken: int
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """An image that is `label` (None: of no class) and was taken for `predicted`, with the probability of both, and the
-    support images that are nearest to it, nearest first."""
-
-    image: Any
-    label: str | None
-    label_probability: float
-    predicted: str
-    probability: float
-    nearest: tuple[Neighbour, ...]
-
-
-@dataclass(frozen=True)
-class SetCoverage:
-    """Sets of labels (predict_sets): a share `covered` has the image's label where `promised` is the promise; `size`
-    labels on the mean; a share `empty` has none. NaN where nothing can be promised, for the `reason`."""
-
-    promised: float
-    covered: float = math.nan
-    size: float = math.nan
-    empty: float = math.nan
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class UnknownResult:
-    """predict(unknown="reject", keep=promised): the share of images of the classes that is `kept`, and of `images` of
-    no class the share that is `rejected`; NaN where nothing can be promised, for the `reason`, or without `images`.
-
-    auroc     how well scores tell both apart, whatever the threshold: 1 at best, 0.5 by chance
-    accepted  images of no class that keep a label, the one that looks most like a class first
-    """
-
-    promised: float
-    kept: float = math.nan
-    images: int = 0
-    rejected: float = math.nan
-    auroc: float = math.nan
-    accepted: tuple[Mistake, ...] = ()
-    reason: str = ""
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Result):
     """The result of `evaluate` for B images and C classes; the most probable mistakes come first in `to_frame`.
 
+    It is about answers, pairs of an image and a label that it was given: where images have one label each, one an
+    image; where they may have several, any number. `confusion`, `sets` and `unknown` are then None.
+
     images            (B,) what names an image: its path or its position
     classes           the C class names
-    labels, predicted (B,) int64, positions of classes
-    confidence        (B,) float64, the probability of `predicted`
-    count             what the images count as: a burst counts once (conformal.Judged.count)
-    reliability       accuracy, log-loss and calibration of the images as they count (conformal.Reliability)
+    labels, predicted (B,) int64, positions of classes; (B, C) bool where images may have several labels
+    confidence        (B,) float64, the probability of `predicted`; (B, C), of each class
+    count             what the answers count as: a burst counts once, labels of one image less than those of several
+                      (conformal.Judged.count)
+    reliability       accuracy, log-loss and calibration of the answers as they count (conformal.Reliability)
     expected          the accuracy of left-out support images, or of other images if these are the `basis` of promises
                       (conformal.CALIBRATION); NaN without any
     expected_images   how many these are
-    expected_at_sizes judgement.accuracy_at for the class sizes of the B images: with it their accuracy is compared
-    mistakes          the most probable wrong images first, at most MISTAKES
+    expected_at_sizes judgement.accuracy_at for the class sizes of the answers: with it their accuracy is compared
+    mistakes          the most probable wrong answers first, at most MISTAKES, and where images may have several labels
+                      also missed ones: those that it was surest not to give
     copies, siblings  how many images are near duplicates or siblings of support images (calibration.Beside), and say
                       little about new ones; `warnings` has a sentence where siblings are too many
     sets, unknown     what promises are worth on these images
@@ -118,6 +50,7 @@ class Evaluation(Result):
                       of these images, with a tree by level, too; expected_automation has those of
                       left-out support images
     errors            a BadImageError for each unreadable image, which counts nowhere
+    average_precision the mean over the classes (utils.ranking), where images may have several labels; else None
 
     >>> from iosr_fast import Classifier, labelled_images
     >>> classifier = Classifier("demo").fit_folder("support")
@@ -145,30 +78,54 @@ class Evaluation(Result):
     copies: int
     siblings: int
     warnings: tuple[str, ...]
-    sets: SetCoverage
-    unknown: UnknownResult
+    sets: SetCoverage | None
+    unknown: UnknownResult | None
     promises: tuple[PromiseResult, ...]
     automation: Automation
     expected_automation: Automation
     errors: tuple[BadImageError, ...] = ()
     basis: str = LEFT_OUT
+    average_precision: float | None = None
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether images may have several labels, or none."""
+        return self.labels.ndim == 2
+
+    @property
+    def answers(self) -> int:
+        """How many answers there are: B, or where images may have several labels as many as they were given."""
+        return len(_classes(self.predicted))
 
     @property
     def accuracy(self) -> float:
-        """The share of the B images that is right; that of images as they count is `reliability.accuracy`."""
-        return float((self.labels == self.predicted).mean())
+        """The share of the answers that is right: of the B images or, the precision, of all labels that they were
+        given; that of answers as they count is `reliability.accuracy`. NaN without any."""
+        return len(self._right) / self.answers if self.answers else math.nan
+
+    @property
+    def found(self) -> float:
+        """The share of all labels that images have which they were given, the recall: of one label each `accuracy`. NaN
+        without any."""
+        return len(self._right) / number if (number := len(_classes(self.labels))) else math.nan
+
+    @property
+    def promises_found(self) -> list[float]:
+        """Of each of `promises` the share of all labels that images have which are given and accepted."""
+        number = len(_classes(self.labels)) or math.nan
+        return [(one.accepted - one.wrong) / number for one in self.promises]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval of the accuracy of images as they count (config.wilson)."""
-        return wilson(self.reliability.accuracy, self.count)
+        """The 95% interval of the accuracy of answers as they count (config.wilson); NaN without any."""
+        return wilson(self.reliability.accuracy, self.count) if self.count else (math.nan, math.nan)
 
     @property
     def difference(self) -> tuple[float, float]:
-        """The 95% interval of accuracy - expected, of images as they count and at their class sizes
-        (`difference_of_shares`); NaN where nothing is expected."""
+        """The 95% interval of accuracy - expected, of answers as they count and at their class sizes
+        (`difference_of_shares`); NaN where nothing is expected, or answered."""
         expected, images = self.expected_at_sizes
-        if math.isnan(expected):
+        if math.isnan(expected) or not self.count:
             return math.nan, math.nan
         return difference_of_shares(self.reliability.accuracy, self.count, expected, images)
 
@@ -195,11 +152,37 @@ class Evaluation(Result):
 
     @property
     def wrong(self) -> int:
-        return int((self.labels != self.predicted).sum())
+        """How many answers are wrong."""
+        return self.answers - len(self._right)
 
     @property
-    def confusion(self) -> np.ndarray:
+    def missed(self) -> int:
+        """How many labels of images they were not given."""
+        return len(_classes(self.labels)) - len(self._right)
+
+    @property
+    def mistaken(self) -> int:
+        """How many mistakes there are: wrong answers, and where images may have several labels also missed ones."""
+        return self.wrong + self.missed * self.is_multi_label
+
+    @property
+    def wrong_confidence(self) -> np.ndarray:
+        """The probability of each wrong answer."""
+        return self.confidence[self.predicted & ~self.labels if self.is_multi_label else self.labels != self.predicted]
+
+    @property
+    def _right(self) -> np.ndarray:
+        """The classes of the answers that are right."""
+        if self.is_multi_label:
+            return _classes(self.labels & self.predicted)
+        right: np.ndarray = self.labels[self.labels == self.predicted]
+        return right
+
+    @property
+    def confusion(self) -> np.ndarray | None:
         """(C, C) int64: images with the label of a row that were given the label of a column."""
+        if self.is_multi_label:
+            return None
         count = len(self.classes)
         pairs = np.bincount(self.labels * count + self.predicted, minlength=count**2)
         return pairs.reshape(count, count)
@@ -208,13 +191,15 @@ class Evaluation(Result):
     def class_results(self) -> list[ClassResult]:
         """All classes, in their order."""
         count = len(self.classes)
-        right = self.labels[self.labels == self.predicted]
-        columns = (np.bincount(rows, minlength=count).tolist() for rows in (self.labels, right, self.predicted))
+        of_labels = _classes(self.labels), self._right, _classes(self.predicted)
+        columns = (np.bincount(rows, minlength=count).tolist() for rows in of_labels)
         return [ClassResult(*row) for row in zip(self.classes, *columns, strict=True)]
 
     @property
     def mixups(self) -> list[Mixup]:
-        """Pairs of classes of which one was taken for the other, the most frequent first."""
+        """Pairs of classes of which one was taken for the other, the most frequent first; none of several labels."""
+        if self.is_multi_label:
+            return []
         wrong = self.labels != self.predicted
         images = np.bincount(self.labels, minlength=len(self.classes))
         pairs, counts = np.unique(np.stack([self.labels, self.predicted])[:, wrong], axis=1, return_counts=True)
@@ -263,18 +248,16 @@ class Evaluation(Result):
 
     def summary(self) -> str:
         """What was measured, a line each; first what expectation and promises were worth."""
-        (low, high), sets, unknown = self.interval, self.sets, self.unknown
-        covered = f"{sets.covered:.1%} have the right label ({sets.promised:.4g} promised), {sets.empty:.1%} are empty"
-        kept = f"{unknown.kept:.1%} of these images keep their label ({unknown.promised:.4g} promised)"
-        rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
-        shares = [(one.promised, one.accepted / len(self.labels), one.share) for one in self.promises]
-        accepted = [f"{share:.1%} ({error:.1%}) with max_error {100 * most:.3g}%" for most, share, error in shares]
+        of_all = [f"; {share:.1%}" if self.is_multi_label else "" for share in self.promises_found]
+        accepted = [
+            f"{one.accepted / self.answers:.1%} ({one.share:.1%}{found}) with max_error {100 * one.promised:.3g}%"
+            for one, found in zip(self.promises, of_all, strict=True)
+        ]
         levels = [" + ".join(f"{part:.1%} ({bad:.1%})" if part else "0%" for part, bad in row) for row in self.by_level]
         levels = [f"{words} for {100 * one.promised:.3g}%" for words, one in zip(levels, self.promises, strict=False)]
-        images, counting = counted_as(len(self.labels), self.count, "images"), once(len(self.labels), self.count)
-        as_counted = counting and f", {self.reliability.accuracy:.1%}{counting}"
+        also = "; of all labels found" if self.is_multi_label else ""
         lines = [
-            f"{self.accuracy:.1%} of {images} are right{as_counted} (95%: {low:.1%} to {high:.1%})",
+            self._accuracy,
             self.against_expected,
             ": ".join(self.promise_verdict),
             self.advice,
@@ -282,23 +265,46 @@ class Evaluation(Result):
             f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
             self.copies and f"near duplicates of support images, which say little about new ones: {self.copies:,}",
             self.errors and f"unreadable and left out: {len(self.errors)}",
-            f"sets of labels: {sets.reason or f'{covered}, {sets.size:.2f} labels on average'}",
+            self.sets and f"sets of labels: {self.sets}",
             levels and f"accepted at level 0 + 1 + ... (of them wrong): {', '.join(levels[:4])}",
-            accepted and f"accepted labels (of them wrong): {', '.join(accepted[:4])}",
-            f"rejection of unknown images: {unknown.reason or kept}",
-            unknown.images and f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}",
+            accepted and f"accepted labels (of them wrong{also}): {', '.join(accepted[:4])}",
+            self.unknown,
         ]
         return "\n".join(str(line) for line in lines if line)
 
+    @property
+    def _accuracy(self) -> str:
+        low, high = self.interval
+        if self.is_multi_label:
+            labels, given = len(_classes(self.labels)), counted_as(self.answers, self.count, "labels given")
+            right = f"{self.accuracy:.1%} of {given} are right (95%: {low:.1%} to {high:.1%})"
+            return (
+                f"several labels a picture, {len(self.labels):,} images: {right if self.answers else 'none is given'}, "
+                f"{self.found:.1%} of all {labels:,} labels found, mean average precision {self.average_precision:.3f}"
+            )
+        images, counting = counted_as(len(self.labels), self.count, "images"), once(len(self.labels), self.count)
+        as_counted = counting and f", {self.reliability.accuracy:.1%}{counting}"
+        return f"{self.accuracy:.1%} of {images} are right{as_counted} (95%: {low:.1%} to {high:.1%})"
+
     def _columns(self) -> dict[str, Any]:
         right, names = self.labels == self.predicted, np.array(self.classes, object)
-        order = np.lexsort([-self.confidence, right])
+        surest, probability = self.confidence, self.confidence
+        if self.is_multi_label:
+            surest = np.where(right, 0.0, np.where(self.predicted, surest, 1.0 - surest)).max(1)
+            label, predicted, probability = (np.empty(len(right), object) for _ in range(3))
+            label[:], predicted[:] = ([frozenset(names[row]) for row in one] for one in (self.labels, self.predicted))
+            given = zip(self.predicted, self.confidence, strict=True)
+            probability[:] = [dict(zip(names[row], shares[row].tolist(), strict=True)) for row, shares in given]
+            right = right.all(1)
+        else:
+            label, predicted = names[self.labels], names[self.predicted]
+        order = np.lexsort([-surest, right])
         images = [one if isinstance(one := self.images[i], int) else str(one) for i in order.tolist()]
-        columns = {"label": names[self.labels], "predicted": names[self.predicted], "probability": self.confidence}
+        columns = {"label": label, "predicted": predicted, "probability": probability}
         return {"image": images} | {name: values[order] for name, values in (columns | {"right": right}).items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; null for NaN. The confusion matrix is included up to MATRIX classes."""
+        """JSON-ready; null for NaN. The confusion matrix is included up to MATRIX classes. "labels" counts all."""
         reliability = self.reliability
         of_bins = ("counts", "confidence", "right")
         facts = {
@@ -330,5 +336,13 @@ class Evaluation(Result):
             "wrong": self.wrong,
             "mistakes": self.mistakes,
         }
+        if self.is_multi_label:
+            facts |= {"answers": self.answers, "labels": len(_classes(self.labels)), "missed": self.missed}
+            facts |= {name: getattr(self, name) for name in ("found", "promises_found", "average_precision")}
         values: dict[str, Any] = json_values(facts)
         return values
+
+
+def _classes(labels: np.ndarray) -> np.ndarray:
+    """The class of each label: labels (B,) as they are, of an indicator (B, C) those that are set."""
+    return labels if labels.ndim == 1 else np.nonzero(labels)[1]

@@ -111,10 +111,13 @@ class MegaDetector:
 
 class Coco:
     """An annotation gets the category and, as `score`, the probability of its class, as pycocotools, FiftyOne and
-    Datumaro read them; the detector's own stay as detection_category_id and detection_score."""
+    Datumaro read them; the detector's own stay as detection_category_id and detection_score. Of several classes the
+    others get a copy of it each, whose detection_copy_of is its id."""
 
     def __init__(self, document: Any) -> None:
         self._document, self._categories = document, list(document.get("categories") or ())
+        ids = (key for one in document["annotations"] if type(key := one.get("id")) is int)
+        self._copies, self._new_id = defaultdict[Any, list[Any]](list), count(max(ids, default=-1) + 1)
         self._names = {one["id"]: one["name"] for one in self._categories}
         if wrong := [key for key in self._names if type(key) is not int]:
             raise IosrFastError(f"expected integers as ids of categories, got {wrong[0]!r:.80}")
@@ -124,7 +127,8 @@ class Coco:
     def boxes(self, labelled: bool) -> Iterator[Detection]:
         of_image = defaultdict[Any, list[Any]](list)
         for one in self._document["annotations"]:
-            of_image[one["image_id"]].append(one)
+            copy_of = None if labelled else one.get("detection_copy_of")
+            (of_image[one["image_id"]] if copy_of is None else self._copies[copy_of]).append(one)
         paths = {image["id"]: image["file_name"] for image in self._document["images"]}
         if len(paths) < len(self._document["images"]):
             raise IosrFastError("expected an id of its own for each image, got one twice")
@@ -141,15 +145,21 @@ class Coco:
             record |= {"category_id": record.pop("detection_category_id"), "score": record.pop("detection_score", None)}
             if record["score"] is None:
                 del record["score"]
-        for label, share in classes:
+        for copy in self._copies.pop(record.get("id"), ()):
+            copy.clear()  # `write` leaves it out
+        if len(classes) > 1 and "id" not in record:
+            record["id"] = next(self._new_id)
+        boxes = [record, *(record | {"id": next(self._new_id), "detection_copy_of": record["id"]} for _ in classes[1:])]
+        self._document["annotations"] += boxes[1:]
+        for one, (label, share) in zip(boxes, classes, strict=False):
             if label not in self._keys:
                 self._keys[label] = next(self._new)
                 self._categories.append({"id": self._keys[label], "name": label, "supercategory": ""})
                 self._document["categories"] = self._categories
             for name, value in (("category_id", self._keys[label]), ("score", share)):
-                if name in record:
-                    record[f"detection_{name}"] = record[name]
-                record[name] = value
+                if name in one:
+                    one[f"detection_{name}"] = one[name]
+                one[name] = value
 
 
 class LabelStudio:
@@ -157,7 +167,7 @@ class LabelStudio:
     /data/local-files/?d=PATH is PATH below Label Studio's document root, /data/upload/PATH upload/PATH below its media.
 
     A task gets one more prediction, after those of earlier classifiers: these regions with their classes; its score is
-    the smallest probability."""
+    the smallest probability, and that of a region with several classes the smallest of these."""
 
     def __init__(self, document: Any) -> None:
         self._document, self._added = document, dict[int, dict[str, Any]]()
@@ -189,7 +199,7 @@ class LabelStudio:
     def add(self, record: Any, classes: Classes, classifier: str) -> None:
         if not classes:
             return
-        (task, region, text), [(label, share)] = record, classes
+        (task, region, text), share = record, min(share for _, share in classes)
         made = self._added.setdefault(id(task), {"model_version": classifier, "score": share, "result": []})
         if not made["result"]:
             task["predictions"] = [*(task.get("predictions") or ()), made]
@@ -198,7 +208,7 @@ class LabelStudio:
             kept = {name: value for name, value in one.items() if name not in ("origin", "meta")} | {"score": share}
             if one is text or not text:
                 kept["type"] = "labels" if text else "rectanglelabels"
-                kept["value"] = one["value"] | {kept["type"]: [label]}
+                kept["value"] = one["value"] | {kept["type"]: [label for label, _ in classes]}
             made["result"].append(kept)
 
 
@@ -219,10 +229,8 @@ class DetectorFile:
 
     def boxes(self, selection: Selection, labelled: bool = False) -> Iterator[tuple[Detection, str]]:
         """The boxes that can be classified, those of a picture one after another, and the path and fragment of each
-        (images.crop); the others are counted in `left_out`, by reason.
-
-        Raises IosrFastError for a URL, a picture that is not below the root, and an entry that is not as the format has
-        it.
+        (images.crop); the others are counted in `left_out`, by reason. Raises IosrFastError for a URL, a picture that
+        is not below the root, and an entry that is not as the format has it.
         """
         with self.damages():
             for one in self.format.boxes(labelled):
@@ -251,6 +259,8 @@ class DetectorFile:
 
     def write(self, out: Path) -> None:
         """The document with what was added to it."""
+        if isinstance(self.format, Coco):
+            self._document["annotations"] = [*filter(None, self._document["annotations"])]
         out.write_bytes(json.dumps(self._document).encode())
 
     @contextmanager

@@ -38,7 +38,8 @@ class PromiseResult:
         counts = f"{self.wrong:,} of {counted_as(self.accepted, self.count, 'accepted labels')} are wrong"
         if self.judgement == "too few":
             return f"{counts}; a judgement needs {images_needed_for(self.promised):,} accepted labels"
-        share = f"{self.share:.1%}{once(self.accepted, self.count)}"
+        weighed = abs(self.share * self.accepted - self.wrong) > _ROUNDING
+        share = f"{self.share:.1%}{once(self.accepted, self.count) if weighed else ''}"
         agrees = f"up to {self.explained:,} wrong would still agree with the promise of {100 * self.promised:.3g}%"
         return f"{counts} ({share}); {agrees}"
 
@@ -83,7 +84,8 @@ def accuracy_at(left_out: Judged, sizes: np.ndarray) -> tuple[float, float]:
     images, unless the accuracy differs by more than half a point.
 
     With q_c the size, W_c the sum of weights and a_c the accuracy of class c: sum q_c a_c / sum q_c over classes with
-    left-out images, and (sum q_c)^2 / sum (q_c^2 / W_c) (Kish, Survey Sampling, 1965).
+    left-out images, and (sum q_c)^2 / sum (q_c^2 / W_c) (Kish, Survey Sampling, 1965); of answers (Judged.units) times
+    what they count as over their number.
 
     >>> right, zeros = np.array([[True], [True], [False], [True]]), np.zeros(4)
     >>> accuracy_at(Judged(zeros, zeros[:, None], right, zeros, np.array([0, 0, 1, 1])), np.array([3, 1]))
@@ -94,7 +96,7 @@ def accuracy_at(left_out: Judged, sizes: np.ndarray) -> tuple[float, float]:
     total = float(counted @ factors)
     at_sizes = float(counted @ (factors * left_out.right[:, 0])) / total if total else math.nan
     if abs(at_sizes - expected) > 0.005:
-        return at_sizes, total**2 / float(counted @ factors**2)
+        return at_sizes, total**2 / float(counted @ factors**2) * left_out.count / float(counted.sum())
     return expected, left_out.count
 
 

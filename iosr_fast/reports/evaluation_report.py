@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from iosr_fast.head.quality import MATRIX, Evaluation, Mistake, Mixup
+from iosr_fast.head.quality import MATRIX, Evaluation
+from iosr_fast.head.quality_parts import Mistake, Mixup, SetCoverage, UnknownResult
 from iosr_fast.methods.automation import images_needed_for
 from iosr_fast.methods.conformal import BINS
 from iosr_fast.methods.judgement import once
@@ -40,9 +41,11 @@ def evaluation_page(
         if one.label is not None:
             label = page.join(page.element("b", one.label), " ")
             of_label = f"; {one.label} has {page.percent(one.label_probability, 0)}"
+        said = "taken for ", page.element("b", one.predicted, class_="bad")
+        missed = "missed", None
         words = (
-            page.element("p", label, "taken for ", page.element("b", one.predicted, class_="bad")),
-            page.element("p", page.bar(one.probability)),
+            page.element("p", label, *(missed if one.predicted is None else said)),
+            page.element("p", page.bar(one.label_probability if one.predicted is None else one.probability)),
             page.note(page.breaking(page.short_path(one.image)), of_label),
         )
         near = []
@@ -55,11 +58,16 @@ def evaluation_page(
             page.element("div", *near, class_="small row"),
         )
 
-    unknown, sure = found.unknown, int((found.confidence[found.labels != found.predicted] >= _SURE).sum())
+    unknown, several, sure = found.unknown, found.is_multi_label, int((found.wrong_confidence >= _SURE).sum())
     parts = (found.copies, "near duplicates of support images"), (found.siblings, "siblings of support images")
     alike = " and ".join(f"{number:,} are {what}" for number, what in parts if number)
     alike = alike and f" {alike}: these say little about new pictures."
     confident = f"Confidently wrong first: {sure:,} of {found.wrong:,} have a probability of {_SURE:.0%} or more."
+    if several:
+        confident = (
+            f"{found.wrong:,} labels given are wrong, {sure:,} of them with a probability of {_SURE:.0%} or more; "
+            f"{found.missed:,} labels are missed. The surest first."
+        )
     return page.document(
         title,
         _verdicts(found),
@@ -67,29 +75,34 @@ def evaluation_page(
             {
                 "images": f"{len(found.labels):,}",
                 "classes": len(found.classes),
+                "labels given": f"{found.answers:,}" if several else None,
+                "labels found": page.percent(found.found) if several else None,
+                "mean average precision": None if (ap := found.average_precision) is None else f"{ap:.3f}",
                 "confidently wrong": f"{sure:,}",
                 "log-loss": f"{found.reliability.log_loss:.3f}",
                 "calibration error": page.percent(found.reliability.error),
-                "unknown rejected": None if unknown.reason or not unknown.images else page.percent(unknown.rejected),
+                "unknown rejected": page.percent(unknown.rejected)
+                if unknown and unknown.images and not unknown.reason
+                else None,
                 "unreadable": len(found.errors) or None,
             }
         ),
-        _confusion(found, pair),
+        None if found.confusion is None else _confusion(found, found.confusion, pair),
         page.section(
             "Mistakes",
-            page.note(confident if found.wrong else "None."),
-            page.cards(map(card, found.mistakes), found.wrong),
+            page.note(confident if found.mistaken else "None."),
+            page.cards(map(card, found.mistakes), found.mistaken),
         ),
         _classes(found),
         _probabilities(found),
         _automation(found),
-        _unknown(found, card),
+        None if unknown is None else _unknown(unknown, card),
         page.unreadable(found.errors),
         lead=f"{len(found.labels):,} labelled images.{alike}",
     )
 
 
-def _confusion(found: Evaluation, pair: Callable[[Mixup], page.Html]) -> page.Html:
+def _confusion(found: Evaluation, confusion: np.ndarray, pair: Callable[[Mixup], page.Html]) -> page.Html:
     mixups = found.mixups
     if not mixups:
         return page.section("Confusion", page.note("No image is taken for another class."))
@@ -97,7 +110,7 @@ def _confusion(found: Evaluation, pair: Callable[[Mixup], page.Html]) -> page.Ht
     words, matrix = "Pairs of classes, the most frequent first.", None
     if len(found.classes) <= MATRIX:
         words = f"A row is the label of images, a column, by the number of a row, what they are taken for. {words}"
-        matrix = page.matrix(found.classes, found.confusion.tolist())
+        matrix = page.matrix(found.classes, confusion.tolist())
     pairs = page.element("div", pairs, style="flex:1 1 24rem")
     sides = page.element("div", matrix, pairs, class_="row", style="align-items:start;gap:1.5rem")
     return page.section("Confusion", page.note(words), sides)
@@ -107,10 +120,11 @@ def _verdicts(found: Evaluation) -> page.Html:
     """What was expected and promised, and whether these images bear it out."""
     low, high = found.interval
     expected = f", {page.percent(found.expected_at_sizes[0])} expected" if found.against_expected else ""
-    right = f"{page.percent(found.accuracy)} right{expected}"
-    counting = once(len(found.labels), found.count)
+    what = "labels" if found.is_multi_label else "images"
+    right = f"{page.percent(found.accuracy)}{' of labels given' if found.is_multi_label else ''} right{expected}"
+    counting = "" if found.is_multi_label else once(len(found.labels), found.count)
     such = f"{page.percent(found.reliability.accuracy)}{counting}; " if counting else ""
-    such += f"of such images {100 * low:.1f}–{page.percent(high)} are right, with 95% confidence. "
+    such += f"of such {what} {100 * low:.1f}–{page.percent(high)} are right, with 95% confidence. "
     boxes = []
     for (title, words), bad in (
         ((right, such + found.against_expected), found.accuracy_judgement == "below"),
@@ -146,33 +160,39 @@ def _classes(found: Evaluation) -> page.Html:
 
 
 def _probabilities(found: Evaluation) -> page.Html:
-    one, sets = found.reliability, found.sets
+    one, what = found.reliability, "labels" if found.is_multi_label else "images"
     rows = [
         {
             "probability": f"{100 * k / BINS:.0f}–{(k + 1) / BINS:.0%}",
-            "images": int(one.counts[k]),
+            what: int(one.counts[k]),
             "mean": page.bar(one.confidence[k]),
             "right": page.bar(one.right[k]),
         }
         for k in np.flatnonzero(one.counts).tolist()
     ]
-    covered = (
-        f"Sets of labels for {page.percent(sets.promised, 0)}: {page.percent(sets.covered)} have the label, "
-        f"{sets.size:.2f} labels on the mean, {page.percent(sets.empty)} are empty."
-    )
+    of_what = "Labels given by their probability." if found.is_multi_label else "Images by their largest probability."
     return page.section(
         "Probabilities",
         page.note(
-            "Images by their largest probability. Where probabilities are as right as they say, both bars of a row are "
+            f"{of_what} Where probabilities are as right as they say, both bars of a row are "
             f"as long. Expected calibration error {page.percent(one.error)}."
         ),
         page.table(rows),
-        page.note(f"Sets of labels: {sets.reason}." if sets.reason else covered),
+        None if found.sets is None else page.note(_sets(found.sets)),
+    )
+
+
+def _sets(one: SetCoverage) -> str:
+    if one.reason:
+        return f"Sets of labels: {one.reason}."
+    return (
+        f"Sets of labels for {page.percent(one.promised, 0)}: {page.percent(one.covered)} have the label, "
+        f"{one.size:.2f} labels on the mean, {page.percent(one.empty)} are empty."
     )
 
 
 def _automation(found: Evaluation) -> page.Html:
-    one, total = found.automation, len(found.labels)
+    one, total = found.automation, found.answers
     expected = found.expected_automation.shares[one.shares > 0], one.thresholds[one.shares > 0]
     points = [(row.accepted / total, row.promised, row.share) for row in found.promises]
     by_level = found.by_level or [[] for _ in points]
@@ -183,12 +203,13 @@ def _automation(found: Evaluation) -> page.Html:
             **{f"level {k}": f"{page.percent(part)} ({bad:.1%} wrong)" if part else "" for k, (part, bad) in of_levels},
             "accepted": f"{row.accepted:,} ({page.percent(share)})",
             "of these wrong": f"{row.wrong:,} ({page.percent(error)})",
+            **({"of all labels found": page.percent(of_all)} if found.is_multi_label else {}),
             "compatible": f"up to {row.explained:,}",
             "accepted as expected": page.percent(share_expected),
             "least probability": f"{least:.3f}",
         }
-        for row, (share, _, error), of_levels, share_expected, least in zip(
-            found.promises, points, map(enumerate, by_level), *expected, strict=True
+        for row, (share, _, error), of_all, of_levels, share_expected, least in zip(
+            found.promises, points, found.promises_found, map(enumerate, by_level), *expected, strict=True
         )
     ]
     lines = {name: [(point[0], point[k]) for point in points] for k, name in ((1, "promised"), (2, "wrong here"))}
@@ -204,8 +225,7 @@ def _automation(found: Evaluation) -> page.Html:
     )
 
 
-def _unknown(found: Evaluation, card: Callable[[Mistake], page.Html]) -> page.Html:
-    one = found.unknown
+def _unknown(one: UnknownResult, card: Callable[[Mistake], page.Html]) -> page.Html:
     kept, promised, rejected = (page.percent(share) for share in (one.kept, one.promised, one.rejected))
     sentence = f"{kept} of the images above keep their label where {promised} are promised."
     sentence = f"Nothing is rejected: {one.reason}." if one.reason else sentence

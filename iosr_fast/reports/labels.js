@@ -1,6 +1,6 @@
 "use strict";
-// Labels that are typed under pictures, saved as the CSV of path and label that `iosr-fast fit` reads. The browser
-// keeps them between visits, by a hash of the pictures' paths.
+// Labels that are typed under pictures, saved as the CSV of path and label, or labels, that `iosr-fast fit` reads. The
+// browser keeps them between visits, by a hash of the pictures' paths.
 const inputs = [...document.querySelectorAll("input[data-path]")];
 const [status, button] = [document.querySelector("#status"), document.querySelector("#save")];
 const names = [...document.querySelectorAll("#classes option")].map((option) => option.value);
@@ -56,7 +56,7 @@ document.addEventListener("input", ({ target }) => {
   update();
 });
 button.addEventListener("click", () => {
-  saveCsv("labels.csv", [["path", "label"], ...rows()]);
+  saveCsv("labels.csv", [["path", button.dataset.column ?? "label"], ...rows()]);
   saved = JSON.stringify(rows());
   update();
 });

@@ -173,10 +173,13 @@ def label_field(path: str, suggested: Any = None) -> Html:
     return join(element("label", "Label", field, class_="quiet"), None if suggested is None else button)
 
 
-def save_labels(paths: Iterable[str], classes: Iterable[Any]) -> Html:
-    """The button that saves the labels of these images as CSV; `classes` are offered in their fields."""
+def save_labels(paths: Iterable[str], classes: Iterable[Any], several: bool = False) -> Html:
+    """The button that saves the labels of these images as CSV; `classes` are offered in their fields. Images may have
+    `several` labels, joined by ";"."""
     key = sha256("\0".join(paths).encode()).hexdigest()
-    button = element("button", "Save labels.csv", id="save", type="button", class_="button strong", data_key=key)
+    column = "labels" if several else None
+    attributes = {"class_": "button strong", "data_key": key, "data_column": column}
+    button = element("button", "Save labels.csv", id="save", type="button", **attributes)
     status = element("span", id="status", role="status", class_="quiet")
     offered = element("datalist", *(element("option", value=name) for name in classes), id="classes")
     return join(offered, element("div", button, status, class_="row actions"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, log_loss, precision_recall_fscore_support
 
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
@@ -23,8 +24,10 @@ from iosr_fast.files.tables import CsvTable, row_of
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.support_images import SupportSettings
+from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.config import Config
 from iosr_fast.methods.tune import tune
+from iosr_fast.reports.evaluation_report import evaluation_page
 from iosr_fast.store.bundle import load
 from iosr_fast.store.bundle_schema import HeadFacts
 from iosr_fast.store.description import describe
@@ -126,6 +129,102 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
     assert names == sorted(set().union(*answers))
 
 
+@pytest.fixture(scope="module")
+def promising() -> tuple[Classifier, np.ndarray, np.ndarray]:
+    """A classifier that can promise errors, and 90 noisy pictures with their labels."""
+    support, labels = several(0, 250)
+    classifier = unfitted(look_alikes=False).fit(blurred(support, 0.4), sets_of(labels))
+    images, truth = several(1, 90)
+    return classifier, blurred(images, 0.25), truth
+
+
+def blurred(images: np.ndarray, least: float) -> np.ndarray:
+    """The images under noise, from a share `least` of them to 0.7, where none are near duplicates yet."""
+    share = np.linspace(least, 0.7, len(images))[:, None, None, None]
+    noise = np.random.default_rng(len(images)).integers(0, 256, images.shape)
+    return (share * images + (1 - share) * noise).astype(np.uint8)
+
+
+def test_a_folder_says_which_labels_are_accepted(promising: Any, tmp_path: Path) -> None:
+    classifier, images, _ = promising
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    found = classifier.predict_folder(tmp_path, max_error=0.2)
+    assert found.labels.tolist() == classifier.predict(images, max_error=0.2).tolist()
+    given = classifier.predict(images).tolist()
+    assert [*map(set, found.probabilities)] == [*map(set, found.accepted)] == given
+    for labels, accepted in zip(found.labels, found.accepted, strict=True):
+        assert {name for name, passes in accepted.items() if passes} == labels
+    assert 0 < sum(map(len, found.labels)) < sum(map(len, given)) and len(found.to_frame()) == 90
+    assert classifier.predict_folder(tmp_path).accepted is None
+
+
+def test_an_evaluation_is_of_the_labels_given(promising: Any) -> None:
+    classifier, images, truth = promising
+    found, names = classifier.evaluate(images, sets_of(truth)), np.array(NAMES)
+    proba, answers = classifier.predict_proba(images), classifier.predict(images)
+    given = np.array([[name in one for name in NAMES] for one in answers])
+    assert found.average_precision == classifier.score(images, sets_of(truth))
+    assert (found.labels == truth).all() and (found.predicted == given).all() and found.answers == given.sum()
+    precision, recall, _, support = precision_recall_fscore_support(truth, given)
+    micro = precision_recall_fscore_support(truth, given, average="micro")
+    assert (found.accuracy, found.found) == pytest.approx(micro[:2]) and min(micro[:2]) < 1
+    assert [one.precision for one in found.class_results] == pytest.approx(precision.tolist())
+    assert [(one.recall, one.images) for one in found.class_results] == [
+        (pytest.approx(share), number) for share, number in zip(recall, support, strict=True)
+    ]
+    assert found.reliability.accuracy == pytest.approx(micro[0]) and found.reliability.counts.sum() == given.sum()
+    assert found.reliability.log_loss == pytest.approx(log_loss(truth[given], proba[given]), rel=1e-4)
+    assert 0 < found.count < given.sum(), "labels of one picture count less"
+    assert len(found.promises) > 1
+    for one, share in zip(found.promises, found.promises_found, strict=True):
+        accepted = classifier.predict(images, max_error=one.promised)
+        marked = np.array([[name in labels for name in NAMES] for labels in accepted])
+        assert (one.accepted, one.wrong) == (marked.sum(), (marked & ~truth).sum())
+        assert share == (marked & truth).sum() / truth.sum()
+        sizes = marked.sum(1)
+        assert one.count == pytest.approx(sizes.sum() ** 2 / (sizes @ sizes)), "no two pictures look alike"
+        checked = classifier.check(accepted, sets_of(truth), one.promised)
+        assert (checked.checks, checked.wrong) == (one.accepted, one.wrong)
+    assert (found.confusion, found.sets, found.unknown, found.mixups) == (None, None, None, [])
+    wrong = [(one.image, one.predicted, one.probability) for one in found.mistakes if one.predicted is not None]
+    missed = [(one.image, one.label, one.label_probability) for one in found.mistakes if one.predicted is None]
+    assert (len(wrong), len(missed)) == (found.wrong, found.missed) and min(found.wrong, found.missed) > 0
+    for mistakes, of in ((wrong, given & ~truth), (missed, truth & ~given)):
+        assert {(i, name) for i, name, _ in mistakes} == {(i, names[c]) for i, c in np.argwhere(of)}
+        shares = [proba[i, NAMES.index(name)] for i, name, _ in mistakes]
+        assert [share for *_, share in mistakes] == pytest.approx(shares)
+    assert sorted(found.wrong_confidence) == pytest.approx(sorted(share for *_, share in wrong))
+    surest = [one.probability if one.predicted else 1 - one.label_probability for one in found.mistakes]
+    assert surest == sorted(surest, reverse=True)
+    (expected,) = classifier.explain(images[found.mistakes[0].image], nearest=3)
+    assert [one.label for one in found.mistakes[0].nearest] == [one.label for one in expected.nearest]
+
+
+def test_an_evaluation_of_several_labels_is_text_json_and_a_page(promising: Any) -> None:
+    classifier, images, truth = promising
+    found = classifier.evaluate(images, sets_of(truth))
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["found"] == found.found and written["promises_found"] == found.promises_found
+    assert (written["answers"], written["labels"], written["images"]) == (found.answers, truth.sum(), 90)
+    assert written["confusion"] is written["sets"] is written["unknown"] is None
+    first, second, third, *rest = found.summary().splitlines()
+    assert f"{found.accuracy:.1%} of {found.answers} labels given" in first and "mean average precision 0." in first
+    assert "labels of left-out support images" in second and third.startswith("the promise of ")
+    strictest = found.promises[0]
+    shares = f"({strictest.share:.1%}; {found.promises_found[0]:.1%}) with max_error {strictest.promised:.0%}"
+    assert "accepted labels (of them wrong; of all labels found): " in rest[-1] and shares in rest[-1]
+    frame = found.to_frame()
+    assert frame.right.sum() == (found.predicted == truth).all(1).sum() and frame.image[0] == found.mistakes[0].image
+    assert all(set(one) == two for one, two in zip(frame.probability, frame.predicted, strict=True))
+    page = evaluation_page(found, classifier.picture, "title")
+    assert "Confusion" not in page and "Unknown pictures" not in page and "Sets of labels" not in page
+    assert f"{found.missed:,} labels are missed" in page and "of labels given right" in page
+    nothing = classifier.evaluate(np.full((3, 8, 8, 3), 127, np.uint8), [set(), set(), {"motif 0"}])
+    assert "none is given, 0.0% of all 1 labels found" in nothing.summary() or nothing.answers
+    assert evaluation_page(nothing, classifier.picture, "title") and json.dumps(nothing.to_dict(), allow_nan=False)
+
+
 IMAGES, LABELS = several(0, 12)
 
 
@@ -163,6 +262,11 @@ def test_calls_for_one_label_are_refused_before_any_work(monkeypatch: pytest.Mon
         partial(classifier.optimize, image, []): "optimize",
         partial(classifier.predict_jointly, image): "joint",
         partial(classifier.predict_folder, tmp_path, joint=True): "joint",
+        partial(classifier.predict_folder, tmp_path, unknown="reject"): "unknown",
+        Classify(str(tmp_path / "bundle"), joint=True).check: "joint",
+        Classify(str(tmp_path / "bundle"), abstention=Abstention(0.9, "?")).check: "unknown",
+        partial(classifier.evaluate, image, sets_of(LABELS[:1]), image): "evaluate with unknown_images",
+        partial(classifier.evaluate, image, sets_of(LABELS[:1]), coverage=0.8): "evaluate with .*coverage",
         partial(classifier.predict, image, unknown="reject"): "unknown",
         partial(classifier.unknown_score, image): "unknown",
         partial(getattr, classifier, "unknown_"): "unknown",

@@ -18,7 +18,7 @@ from iosr_fast.files.tables import TableRow
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.images.crop import Box, Crop
-from iosr_fast.images.detector_files import DetectorFile, Selection
+from iosr_fast.images.detector_files import OURS, DetectorFile, Selection
 from iosr_fast.store.head_files import fingerprint
 from tests.files.runs import classify, done, load_images, read_rows
 
@@ -260,9 +260,41 @@ def test_what_was_classified_is_read_as_the_detector_wrote_it(made: Callable[[],
     assert made is label_studio or "classifications" not in json.dumps(new)
 
 
+@pytest.mark.parametrize("made", [coco, label_studio])
+def test_a_box_has_all_of_its_labels_and_none_of_an_earlier_run(made: Callable[[], Any], scenes: Path) -> None:
+    out, seen = write(scenes, made()), list[Any]()
+    for labels in ("ab", "cab", "b"):
+        document = DetectorFile(out)
+        for one, _ in document.boxes(Selection()):
+            seen.append((one.path, one.numbers, one.name, one.confidence))
+            document.format.add(one.record, [(name, 0.5 + k / 8) for k, name in enumerate(labels)], f"{OURS}{labels}")
+        out = scenes / f"{labels}.json"
+        document.write(out)
+        written = json.loads(out.read_bytes())
+        if made is label_studio:
+            regions = written[0]["predictions"][-1]["result"] + written[1]["predictions"][-1]["result"]
+            found = [one["value"].get(one["type"], []) for one in regions if one["type"] != "rectangle"]
+            assert found == [list(labels)] * 3 and {one["score"] for one in regions} == {0.5}
+            continue
+        names = {one["id"]: one["name"] for one in written["categories"]}
+        boxes = [one for one in written["annotations"] if "detection_category_id" in one]
+        assert len(boxes) == 3 * len(labels) and all(one["detection_category_id"] == 3 for one in boxes)
+        for box in BOXES:
+            alike = [one for one in boxes if one["bbox"] == box]
+            assert [(names[one["category_id"]], one["score"]) for one in alike] == [
+                (name, 0.5 + k / 8) for k, name in enumerate(labels)
+            ]
+            assert {one["detection_copy_of"] for one in alike[1:]} <= {alike[0]["id"]}
+        assert len({one["id"] for one in boxes}) == len(boxes) and len(written["annotations"]) == len(boxes) + 3
+    assert seen[:3] == seen[3:6] == seen[6:]
+
+
 def test_what_is_rejected_or_not_accepted_is_not_written() -> None:
     table, best = DetectionsTable("a.json", Selection(), ""), [("cat", 0.98765)]
     rows = [TableRow("", best, Rejection(1.0, rejected)) for rejected in (True, False)]
     rows += [TableRow("", best, accepted=accepted) for accepted in (True, False)] + [TableRow("", error="no image")]
     written = [json.loads(line) for line in table.encode(rows, True).splitlines()]
     assert written == [[], [["cat", 0.9877]], [["cat", 0.9877]], [], []]
+    several = [TableRow("", [*best, ("dog", 0.5)], accepted=one) for one in (None, (False, True), (False, False))]
+    written = [json.loads(line) for line in table.encode(several, True).splitlines()]
+    assert written == [[["cat", 0.9877], ["dog", 0.5]], [["dog", 0.5]], []]

@@ -12,7 +12,17 @@ import pandas as pd
 import pytest
 
 from iosr_fast.files import tables
-from iosr_fast.files.tables import ACCEPTED, SCORES, TREE_PROMISE, CsvTable, ParquetTable, TableRow, read_table, row_of
+from iosr_fast.files.tables import (
+    ACCEPTED,
+    PROMISE,
+    SCORES,
+    TREE_PROMISE,
+    CsvTable,
+    ParquetTable,
+    TableRow,
+    read_table,
+    row_of,
+)
 from iosr_fast.head.predictions import ClassScore, Prediction
 from iosr_fast.head.verdict import Rejection
 from iosr_fast.utils.csv_text import recovered
@@ -73,6 +83,37 @@ def test_columns_and_types_depend_on_the_options_alone() -> None:
     assert all(frame.dtypes.equals(frames[0].dtypes) for frame in frames)
     assert frames[1]["level"].tolist()[:2] == [0, 1] and frames[1]["level"].isna().sum() == 2
     assert frames[1][frames[1].accepted].label[1] == "pet"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_picture_of_several_labels_is_one_row(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_ROW_GROUP", 2)
+    scores = [ClassScore(name, f"~{k}", 0.75 - k / 4, 1.0, 0.0, 1.0, 0.0) for k, name in enumerate(("=cat", "dog"))]
+    both = Prediction(**vars(scores[0]), top=(*scores,), nearest=(), version=1, accepted=(True, False))
+    answers = [both, replace(both, top=(scores[1],), accepted=(True,)), replace(both, label=None, top=(), accepted=())]
+    for promise in ((), PROMISE):
+        table = CsvTable(1, None, True, promise) if suffix == ".csv" else ParquetTable(None, promise, True)
+        given = [one if promise else replace(one, accepted=None) for one in answers]
+        rows = [row_of(f"{k}.png", one, table.fields) for k, one in enumerate(given)] + [TableRow("b.png", error="bad")]
+        groups = [table.encode(some, first=k == 0) for k, some in enumerate((rows[:1], rows[1:]))]
+        (tmp_path / "groups").write_bytes(b"".join(groups))
+        table.finish(tmp_path / "groups", map(len, groups), out := tmp_path / f"out{suffix}")
+        found = [row.several for row in read_table(out)]
+        first, second = (True, False) if promise else (None, None)
+        assert found[0] == (("=cat", 0.75, first), ("dog", 0.5, second)) and found[2:] == [(), ()]
+        assert found[1] == (("dog", 0.5, first),) and [row.error for row in read_table(out)] == ["", "", "", "bad"]
+        if suffix == ".csv":
+            expected = ["'=cat;dog", "0.7500;0.5000", *["true;false"] * len(promise), ""]
+            assert list(csv.reader(out.open()))[1] == ["0.png", *expected]
+            continue
+        columns = pd.read_parquet(out)
+        assert columns.columns.tolist() == ["path", "labels", "top", *promise, "error"]
+        assert [one["label"] for one in columns.top[0]] == columns.labels[0].tolist() == ["=cat", "dog"]
+        assert len(columns.labels[2]) == len(columns.top[2]) == 0 and columns.labels[3] is columns.top[3] is None
+        assert not promise or [one if one is None else one.tolist() for one in columns.accepted] == [
+            *([True, False], [True], []),
+            None,
+        ]
 
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from iosr_fast.files import evaluate
 from iosr_fast.head.calibration import Beside
 from iosr_fast.head.quality import Evaluation
 from iosr_fast.methods.automation import Automation
-from iosr_fast.methods.judgement import difference_of_shares, judge_promises
+from iosr_fast.methods.conformal import Judged
+from iosr_fast.methods.judgement import accuracy_at, difference_of_shares, judge_promises
 from iosr_fast.reports.evaluation_report import evaluation_page
 from tests.store.live_parts import PixelEncoder, pictures, small_classifier, with_tree
 
@@ -188,6 +189,14 @@ def test_an_accuracy_is_compared_with_the_one_expected_at_its_class_sizes(measur
     assert said in found.summary() and found.to_dict()["expected_accuracy_at_class_sizes"] == expected
     assert found.difference == difference_of_shares(found.accuracy, len(rows), expected, count)
     assert "at the class sizes" not in measured[-1].summary()  # 12 images of each class, as of the support
+
+
+def test_answers_of_one_picture_count_less_at_class_sizes_too() -> None:
+    """As answers count at their own sizes: two pictures of two answers each are two, not four."""
+    right, zeros = np.array([[True], [True], [False], [True]]), np.zeros(4)
+    alone = Judged(zeros, zeros[:, None], right, zeros, np.array([0, 0, 1, 1]))
+    accuracy, count = accuracy_at(alone, np.array([3, 1]))
+    assert accuracy_at(replace(alone, units=np.array([0, 1, 0, 1])), np.array([3, 1])) == (accuracy, count / 2)
 
 
 def test_pictures_of_a_burst_count_once_in_intervals_and_judgements(measured: Any) -> None:

@@ -42,6 +42,33 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def tags(place: Path) -> Path:
+    """The place, whose classifier has several labels a picture now, some of them sure enough to promise errors of 20%;
+    and a CSV file of 30 images, one of which has no label."""
+    rng = np.random.default_rng(3)
+    motifs, _ = pictures(rng, 5, 1)
+
+    def made(n: int) -> tuple[np.ndarray, np.ndarray]:
+        truth = rng.random((n, 5)) < 0.35
+        truth[0] = False
+        images = np.einsum("nc,c...->n...", truth, motifs) / np.maximum(truth.sum(1), 1)[:, None, None, None]
+        return (0.6 * images + 0.4 * rng.integers(0, 256, images.shape)).astype(np.uint8), truth
+
+    images, truth = made(200)
+    of_rows = [{NAMES[c] for c in np.flatnonzero(row)} for row in truth]
+    Classifier.load("").set_params(method="auto", alpha=None, look_alikes=False).fit(images, of_rows)
+    (place / "tagged").mkdir()
+    images, truth = made(30)
+    with (place / "tags.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "labels"])
+        for i, (image, row) in enumerate(zip(images, truth, strict=True)):
+            Image.fromarray(image).save(place / "tagged" / f"{i:02d}.png")
+            writer.writerow([f"tagged/{i:02d}.png", ";".join(NAMES[c] for c in np.flatnonzero(row))])
+    return place
+
+
+@pytest.fixture
 def labelled(place: Path) -> Path:
     """A CSV file of labelled images; two of them have wrong labels."""
     images, labels = pictures(np.random.default_rng(5), 5, 2)

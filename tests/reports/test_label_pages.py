@@ -98,6 +98,45 @@ def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:
     assert "expected a file for --out with --html" in refused(*words, place / "n.html", "--out", place / "parts")
 
 
+def test_classify_writes_several_labels_a_picture(tags: Path, browser: Any) -> None:
+    import pyarrow.parquet as pq
+
+    words = ("classify", tags / "classifier", tags / "tagged")
+    images, classifier = sorted((tags / "tagged").iterdir()), Classifier.load("")
+    given, accepted = classifier.predict(images), classifier.predict(images, max_error=0.2)
+    said = run(*words, "--max-error", "20%", "--out", tags / "t.csv", "--html", tags / "t.html")
+    number = sum(map(len, accepted))
+    assert said.exit_code == 0 and f"accepted {number} labels of 30 images" in said.output, said.output
+    rows = list(csv.DictReader((tags / "t.csv").open()))
+    assert [set(filter(None, row["labels"].split(";"))) for row in rows] == given.tolist()
+    for row, labels in zip(rows, accepted, strict=True):
+        marks = zip(row["labels"].split(";"), row["accepted"].split(";"), strict=True)
+        assert {label for label, mark in marks if mark == "true"} == labels
+    done = run(*words, "--max-error", "20%", "--out", tags / "parts")
+    table = pq.read_table(tags / "parts" / "part-00000.parquet").to_pylist()
+    assert done.exit_code == 0 and [set(row["labels"]) for row in table] == given.tolist(), done.output
+    assert [sum(row["accepted"]) for row in table] == [*map(len, accepted)]
+    look = [k for k, both in enumerate(zip(given, accepted, strict=True)) if both[0] != both[1] or not both[0]]
+    page = opened(browser, tags / "t.html", 1280)
+    assert page.locator("li img").count() == len(look), "each once"
+    names = page.locator("h2").all_inner_texts()[1:]
+    assert names[0] == "(no label)" and set(names[1:]) <= set(NAMES)
+    for section in page.locator("section:has(li)").all()[1:]:
+        for card in section.locator("li").all():
+            bars = card.locator(".measure").all_inner_texts()
+            unsure = dict(words.split("% ")[::-1] for words in bars if not words.endswith(", accepted"))
+            assert unsure[section.locator("h2").inner_text()] == min(unsure.values(), key=int)
+    card = page.locator("section:has(li)").nth(1).locator("li").first
+    card.get_by_role("button", name="Take").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save labels.csv").click()
+    download.value.save_as(tags / "labels.csv")
+    [path], [labels], *_ = labelled_images(tags / "labels.csv")
+    assert labels == given[images.index(path)] != frozenset()
+    assert "--top is for one label a picture" in refused(*words, "--top", 3)
+    assert "--sort is for one label a picture" in refused(*words, "--max-error", "20%", "--sort", tags / "s")
+
+
 def test_a_page_of_labels_is_filtered_and_takes_labels(place: Path, browser: Any) -> None:
     images = sorted((place / "unlabelled").iterdir())
     rows = [Labelled(str(images[k]), "one" if k < 9 else "two", 0.9, math.nan, "") for k in range(18)]

@@ -102,6 +102,24 @@ def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path
         assert page.evaluate("Math.max(...[...document.images].map((image) => image.naturalWidth))") == 160
 
 
+def test_evaluate_measures_several_labels_a_picture(tags: Path, browser: Any) -> None:
+    words = ("evaluate", tags / "classifier")
+    done = run(*words, tags / "tags.csv", "--html", tags / "e.html", "--json", tags / "e.json")
+    found = json.loads((tags / "e.json").read_text())
+    assert done.exit_code == 0 and f"{found['found']:.1%} of all {found['labels']} labels found" in done.output
+    mistake = next(one for one in found["mistakes"] if one["predicted"] is None)
+    assert f"{mistake['image']}: {mistake['label']} missed ({mistake['label_probability']:.0%})" in done.output
+    page = opened(browser, tags / "e.html", 1280)
+    titles = page.locator("h2").all_inner_texts()
+    assert titles[0].startswith(f"{found['accuracy']:.1%} of labels given right")
+    assert titles[2:] == ["Mistakes", "Classes", "Probabilities", "What may be automated"]
+    assert page.locator("section").nth(1).locator("li").count() == found["wrong"] + found["missed"]
+    (tags / "one.csv").write_text("path,label\ntagged/01.png,two\n")
+    assert "expected a CSV file with the column labels" in refused(*words, tags / "one.csv")
+    more = (tags / "tags.csv", "--unknown", tags / "unlabelled")
+    assert "unknown_images, keep or coverage is for one label a picture" in refused(*words, *more)
+
+
 def test_labels_of_no_class_are_refused_before_an_image_is_read(
     place: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
