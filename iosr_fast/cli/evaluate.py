@@ -113,8 +113,7 @@ def saved(
             f"expected labels among the {len(known)} classes of {classifier} ({abbreviate(known)}), got "
             f"{abbreviate(foreign)}: {folders}rename these or leave them out; images of no class go to --unknown-images"
         )
-    several = loaded.snapshot().is_multi_label
-    if several and not isinstance(labels[0], frozenset):
+    if loaded.snapshot().is_multi_label and any(isinstance(label, str) for label in labels):
         raise IosrFastError(
             f"expected a CSV file with the column labels (all labels of a picture, joined by ;), as pictures of "
             f"{classifier} may have several, got one label a picture in {images}"

@@ -246,7 +246,7 @@ def _answers(row: Mapping[str, Any]) -> tuple[Answer, ...]:
     else:
         texts = (row.get(name) or "" for name in ("labels", "probabilities", ACCEPTED))
         labels, shares, accepted = (text.split(SEPARATOR) if text else [] for text in texts)
-    of_each = [_ACCEPTED[one] for one in accepted] or [None] * len(labels)
+    of_each = map(_ACCEPTED.get, accepted or [None] * len(labels))
     return tuple(map(Answer, labels, map(_number, shares), of_each))
 
 
