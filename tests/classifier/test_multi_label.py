@@ -21,6 +21,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.files.tables import CsvTable, row_of
+from iosr_fast.files.work import Classify
 from iosr_fast.head.labelled_images import labelled_images
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.support_images import SupportSettings
