@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from examples.label_studio import backend as module
 from examples.label_studio.backend import LOCAL, MAX_BODY, Backend, Picture, make_app
-from iosr_fast import Classifier, IosrFastError
+from iosr_fast import Classifier, IosrFastError, labelled_images
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.images.limits import DecodeLimits
 from tests.pictures import encode
@@ -54,11 +54,11 @@ class Project:
     def task(self, i: int) -> Any:
         return {"id": i, "data": {"photo": f"{LOCAL}my%20photos/{i}.png"}, "project": 1}
 
-    def event(self, action: str, i: int, label: str = "", skipped: bool = False) -> None:
+    def event(self, action: str, i: int, label: str | list[str] = "", skipped: bool = False) -> None:
         self.post("/webhook", **self.body(action, i, label, skipped))
 
-    def body(self, action: str, i: int, label: str = "", skipped: bool = False) -> Any:
-        value = {"choices": [label or self.truth[i]]}
+    def body(self, action: str, i: int, label: str | list[str] = "", skipped: bool = False) -> Any:
+        value = {"choices": label if isinstance(label, list) else [label or self.truth[i]]}
         region = {"from_name": "kind", "to_name": "img", "type": "choices", "value": value}
         annotation = {"id": 1000 + i, "result": [region], "was_cancelled": skipped, "task": i, "project": 1}
         assert self.interface.validate_annotation(annotation) and self.interface.validate_task(self.task(i))
@@ -142,6 +142,45 @@ def test_a_project_is_followed_from_its_first_annotations(project: Project) -> N
     words = [["accepted"] if one.accepted else ["needs a look"] for one in answers]
     assert 0 < words.count(["accepted"]) < 100
     assert [one["result"][0]["meta"]["text"] for one in project.predict([*range(100)])] == words
+
+
+@pytest.mark.slow
+def test_choices_that_are_multiple_come_and_go(project: Project, tmp_path: Path) -> None:
+    """What is annotated is learned, is predicted, and is read again from an export."""
+    sdk = pytest.importorskip("label_studio_sdk.label_interface")
+    names = [*dict.fromkeys(project.truth)][:3]
+    project.config = project.config.replace('toName="img"', 'toName="img" choice="multiple"')
+    project.config = project.config.replace("</Choices>", '<Choice value="early"/><Choice value="late"/></Choices>')
+    project.interface = sdk.LabelInterface(project.config)
+    labels = {i: [project.truth[i], *["early"] * (i % EACH < 2)] for i in range(3 * EACH - 1)}
+    project.start()
+    for i, label in labels.items():
+        project.event("ANNOTATION_CREATED", i, label)
+    counts = {name: sum(name in label for label in labels.values()) for name in (*names, "early")}
+    assert project.examples() == counts and project.backend.classifier.snapshot().is_multi_label
+    project.event("ANNOTATION_UPDATED", 0, ["late", names[1]])  # a new class, and one that is there
+    project.event("ANNOTATION_UPDATED", 1, [])
+    project.event("ANNOTATION_UPDATED", 2, skipped=True)
+    project.event("ANNOTATION_CREATED", 3 * EACH - 1, ["late"])
+    counts = {names[0]: 2, names[1]: EACH + 1, names[2]: EACH - 1, "early": 4, "late": 2}
+    assert project.examples() == counts and len(project.backend.classifier.snapshot().examples) == 3 * EACH - 1
+    project.backend.classifier.close_log()
+    project.start()
+    assert project.examples() == counts
+    predicted = [one["result"] for one in project.predict([*range(3 * EACH)])]
+    chosen = [result[0]["value"]["choices"] if result else [] for result in predicted]
+    expected = project.backend.classifier.predict([project.photos / f"{i}.png" for i in range(3 * EACH)])
+    assert [{*one} for one in chosen] == expected.tolist() and max(map(len, chosen)) > 1
+    single = project.client.post("/setup", json={"schema": project.config.replace(' choice="multiple"', "")})
+    assert single.status_code == 422 and "the classifier has several labels" in single.text
+    labels |= {0: ["late", names[1]], 1: [], 3 * EACH - 1: ["late"]}
+    del labels[2]
+    tasks = [{**project.task(i), "annotations": [project.body("", i, one)["annotation"]]} for i, one in labels.items()]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    found = labelled_images(tmp_path / "export.json", root=project.photos.parent)
+    assert {path.name: {*one} for path, one in zip(found.paths, found.labels, strict=True)} == {
+        f"{i}.png": {*one} for i, one in labels.items()
+    }
 
 
 def test_other_pictures_interfaces_hosts_and_users_are_refused(project: Project) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -31,6 +32,7 @@ LOCAL = "/data/local-files/?d="  # before the path of a picture below Label Stud
 SAME = 1 - 1e-6  # the least similarity of a picture with itself
 PICTURES = "SELECT picture FROM annotations"
 LABELS = "SELECT picture, label FROM annotations ORDER BY id NOT NULL, rowid"  # the last one of a picture counts
+Label = str | frozenset[str]  # of a picture; in the database a text, or JSON of the choices where these may be several
 LOOPBACK = ["127.0.0.1", "localhost"]
 MAX_BODY, MAX_FILE, MAX_CONFIG = 8 << 20, 32 << 20, 1 << 18  # bytes; characters, which entities multiply by up to 100
 Json = dict[str, Any]
@@ -92,12 +94,16 @@ class Backend:
 
     def setup(self, body: Annotated[Json, Depends(read)]) -> Json:
         classes = [one.name for one in self.classifier.classes()] if self.bundle.exists() else []
-        if others := set(classes) - _choices(body["schema"])[3]:
+        *_, labels, several = _choices(body["schema"])
+        if others := set(classes) - labels:
             raise IosrFastError(f"expected a choice for each class, got none for {sorted(others)}: add or rename it")
+        if classes and several != self.classifier.snapshot().is_multi_label:
+            fix = 'single choice, got choice="multiple"' if several else 'choice="multiple", got single choice'
+            raise IosrFastError(f"expected {fix}: the classifier has {'one label' if several else 'several labels'}")
         return {"model_version": f"{self.bundle.name} {self.classifier.version if classes else 0}"}
 
     def predict(self, body: Annotated[Json, Depends(read)]) -> Json:
-        name, image, key, _ = _choices(body["label_config"])
+        name, image, key, *_ = _choices(body["label_config"])
         version = self.setup({"schema": body["label_config"]})
         least = self.classifier.automation().smallest if self.bundle.exists() else 1.0
         promise = self.max_error if least <= self.max_error else None
@@ -109,10 +115,13 @@ class Backend:
             except (ValueError, OSError) as error:
                 log.warning("%s: %s", picture, error)
                 continue
-            words = "accepted" if answer.accepted and answer.label == answer.top[0].label else "needs a look"
+            labels = [label for label, _ in answer.pairs]
+            accepted = set(answer.accepted_labels)  # with a tree a node, maybe
+            words = "accepted" if accepted.issuperset(labels) else "needs a look"
             region = {"from_name": name, "to_name": image, "type": "choices", "meta": {"text": [words]}}
-            region["value"] = {"choices": [answer.top[0].label]}
-            results[-1] |= {"score": answer.top[0].probability, "result": [region]}
+            region["value"] = {"choices": labels}
+            share = min((share for _, share in answer.pairs), default=1 - answer.probability)
+            results[-1] |= {"score": share, "result": [region] * bool(labels)}
         return {"results": results}
 
     async def webhook(self, body: Annotated[Json, Depends(read)]) -> Json:
@@ -144,42 +153,48 @@ class Backend:
             forget = "UPDATE annotations SET id = NULL, label = NULL WHERE id = ? RETURNING picture"
             ids = [msgspec.convert(one["id"], Id) for one in msgspec.convert(event["annotations"], list[Json])]
             return [picture for one in ids for picture in self.db.execute(forget, [one])]
-        name, _, key, _ = _choices(event["project"]["label_config"])
-        several = isinstance(event["task"], list)
-        tasks = event["task"] if several else [event["task"]]
+        name, _, key, _, several = _choices(event["project"]["label_config"])
+        batch = isinstance(event["task"], list)
+        tasks = event["task"] if batch else [event["task"]]
         pictures = {task["id"]: self._picture(task, key) for task in tasks}
-        for one in event["annotation"] if several else [event["annotation"]]:
+        for one in event["annotation"] if batch else [event["annotation"]]:
             regions = [] if one["was_cancelled"] else msgspec.convert(one["result"], list[Json])
             values = [region["value"] for region in regions if region.get("from_name") == name]
             labels: list[Any] = [label for value in values for label in msgspec.convert(value["choices"], list[str])]
-            if len(labels) > 1:
+            if len(labels) > 1 and not several:
                 raise IosrFastError(f"expected one choice for a picture, got {labels!s:.200}")
             for label in labels:
                 check_new_name(label, ())
-            row = [msgspec.convert(one["id"], Id), pictures[one["task"]], *(labels or [None])]
+            text = json.dumps(sorted(labels)) if several and not one["was_cancelled"] else "".join(labels) or None
+            row = [msgspec.convert(one["id"], Id), pictures[one["task"]], text]
             self.db.execute("REPLACE INTO annotations VALUES(?, ?, ?)", row)
         return [*pictures.values()]
 
     def _follow(self, pictures: list[str]) -> None:
         """Make pictures support images of their class, or of none; a warning says why not."""
         with self.lock:
-            known = {picture: label for picture, label in dict(self.db.execute(LABELS)).items() if label}
+            labelled = dict(self.db.execute(LABELS)).items()
+            known: dict[str, Label] = {picture: _label(text) for picture, text in labelled if text}
             for picture in sorted(pictures, key=lambda one: one not in known):  # a class gets some before it loses some
                 try:
                     self._move(picture, known) if self.bundle.exists() else self._fit(known)
                 except (ValueError, OSError) as error:  # a restart tries again
                     log.warning("%s: %s", picture, error)
 
-    def _fit(self, known: dict[str, str]) -> None:
-        if len(set(known.values())) > 1:
+    def _fit(self, known: dict[str, Label]) -> None:
+        names = {name for label in known.values() for name in ([label] if isinstance(label, str) else label)}
+        if len(names) > 1:
             pictures = [Picture(self.decoders, self.root / picture) for picture in known]
             self.classifier.fit(pictures, [*known.values()]).save(self.bundle)
             self.classifier.open_log(f"{self.bundle}.changes.db")
 
-    def _move(self, picture: str, known: dict[str, str]) -> None:
+    def _move(self, picture: str, known: dict[str, Label]) -> None:
         label, image = known.get(picture), Picture(self.decoders, self.root / picture)
         [answer] = self.classifier.explain([image], 1, nearest=1)
         held = {one.label: one.example_id for one in answer.nearest if one.similarity > SAME}
+        if self.classifier.snapshot().is_multi_label:
+            self._give(label, image, [*held.values()])
+            return
         for other in held.keys() - {label}:
             alone = len(self.classifier.examples(other)) == 1
             self.classifier.remove_class(other) if alone else self.classifier.remove_examples([held[other]])
@@ -187,15 +202,35 @@ class Backend:
             classes = [one.name for one in self.classifier.classes()]
             (self.classifier.add_examples if label in classes else self.classifier.add_class)(label, [image])
 
+    def _give(self, label: Label | None, image: Picture, held: list[str]) -> None:
+        """Make an image a support image of all its labels, or of none; None takes it out. Classes that have no image
+        any more stay."""
+        if isinstance(label, str):
+            raise IosrFastError(f"expected a list of choices, as the classifier has several labels, got {label!r}")
+        if label is None:
+            self.classifier.remove_examples(held) if held else None
+            return
+        classes = {one.name for one in self.classifier.classes()}
+        if not held:
+            held = [*self.classifier.add_examples(label & classes, [image]).example_ids]
+        for name in sorted(label - classes):
+            self.classifier.add_class(name, [image])
+        self.classifier.relabel(held, label)
 
-def _choices(config: str) -> tuple[str, str, str, set[str]]:
-    """Of the choices for an image: their name, the image's, the key of its task data, and the labels."""
+
+def _label(text: str) -> Label:
+    return frozenset(json.loads(text)) if text.startswith("[") else text
+
+
+def _choices(config: str) -> tuple[str, str, str, set[str], bool]:
+    """Of the choices for an image: their name, the image's, the key of its task data, the labels, and whether these may
+    be several."""
     root = ElementTree.fromstring(msgspec.convert(config, Annotated[str, msgspec.Meta(max_length=MAX_CONFIG)]))
     keys = {tag.get("name"): tag.get("value", "").removeprefix("$") for tag in root.iter("Image")}
     for tag in root.iter("Choices"):
         if (image := tag.get("toName", "")) in keys:
             labels = {one.get("alias", one.get("value", "")) for one in tag.iter("Choice")}
-            return tag.get("name", ""), image, keys[image], labels
+            return tag.get("name", ""), image, keys[image], labels, tag.get("choice") == "multiple"
     raise IosrFastError("expected a labelling interface with <Choices> for an <Image>, got another one")
 
 

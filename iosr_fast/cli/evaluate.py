@@ -70,9 +70,8 @@ def saved(
     Then the classes and pairs of classes with the most mistakes, log-loss, calibration, and what the promises of label
     sets and of rejection are worth. --html shows the mistakes with their pictures and the nearest examples.
 
-    Where pictures may have several labels, IMAGES is a CSV file with the column labels, which has all labels of a
-    picture joined by ";". Figures are of the labels given, and say how many labels are found; there are no label sets
-    and no rejection.
+    Where pictures may have several labels, as a CSV file with the column labels has them, figures are of the labels
+    given, and say how many labels are found; there are no label sets and no rejection.
 
     Also written without `saved`: iosr-fast evaluate CLASSIFIER IMAGES.
     """
@@ -112,11 +111,6 @@ def saved(
         raise IosrFastError(
             f"expected labels among the {len(known)} classes of {classifier} ({abbreviate(known)}), got "
             f"{abbreviate(foreign)}: {folders}rename these or leave them out; images of no class go to --unknown-images"
-        )
-    if loaded.snapshot().is_multi_label and any(isinstance(label, str) for label in labels):
-        raise IosrFastError(
-            f"expected a CSV file with the column labels (all labels of a picture, joined by ;), as pictures of "
-            f"{classifier} may have several, got one label a picture in {images}"
         )
     found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
     say(*found.summary().split("\n"))

@@ -78,6 +78,13 @@ class Examples:
             return replace(self, class_ids=class_ids[np.argsort(owners)]).sorted_by_class()
         return replace(self, class_ids=class_ids, owners=owners).sorted_by_class()
 
+    def with_label(self, images: np.ndarray, uid: int) -> Examples:
+        """These images, which may have several labels, of which those of a mask (n,) have one more."""
+        assert self.owners is not None
+        rows = np.flatnonzero(images)
+        class_ids, owners = np.append(self.class_ids, np.full(len(rows), uid)), np.append(self.owners, rows)
+        return replace(self, class_ids=class_ids, owners=owners).sorted_by_class()
+
     def rows_of(self, uid: int) -> np.ndarray:
         """The positions of a class's images."""
         labels = np.flatnonzero(self.class_ids == uid)

@@ -23,7 +23,7 @@ from iosr_fast.utils.ranking import mean_average_precision
 # The spread of the regression's logits where no class has two images; from the demo's validation concepts.
 _ONE_SHOT_SPREAD = 0.5
 _FIRM = 1e6  # a shrinkage that leaves only the common bias
-_LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
+_LEAST = 1e-4  # of a weight, per unit of spread, from which later pictures can learn: all have the same labels, say
 
 
 def fit_multi_label(held_out: HeldOut, asked: Config, searched: bool, seconds: float) -> tuple[Config, ScoringPlan]:
@@ -111,9 +111,9 @@ def _weighted(stack: Stack, labels: np.ndarray, judged: np.ndarray) -> Stack:
         stack = dataclasses.replace(stack, weights=weights, loss=fit.loss)
     else:
         stack = _by_rule(stack, labels)
-    if any(stack.weights.values()):
+    if max(stack.weights.values()) >= _LEAST:
         return stack
-    return dataclasses.replace(stack, weights={**stack.weights, "text" if "text" in parts else "regression": _LEAST})
+    return dataclasses.replace(stack, weights=dict.fromkeys(parts, _LEAST))
 
 
 def _by_rule(stack: Stack, labels: np.ndarray) -> Stack:

@@ -153,11 +153,13 @@ class AddExamples(Change, frozen=True, omit_defaults=True):
 
 class AddClass(AddExamples, frozen=True, kw_only=True, omit_defaults=True):
     """A new class with its name, images if any, in `arrays` the text embedding where classes have one, and the names of
-    the nodes above it, from the root's child down."""
+    the nodes above it, from the root's child down. Where images may have several labels, `known` support images get
+    this one, too."""
 
     op = "add_class"
     name: str
     path: Path = ()
+    known: tuple[Natural, ...] = ()
 
     def apply(self, head: Head) -> Head:
         if self.uid != head.next_class:
@@ -168,6 +170,12 @@ class AddClass(AddExamples, frozen=True, kw_only=True, omit_defaults=True):
             if "text" not in fields:
                 raise IosrFastError("expected the text embedding of a new class, got none")
             fields["text"] = np.concatenate([head.text, fields["text"]])
+        if self.known:
+            if not head.is_multi_label:
+                raise IosrFastError("expected no known images for a class, as each has one label, got some")
+            head.find_examples([example_id(number) for number in self.known])
+            examples = fields.get("examples", head.examples)
+            fields["examples"] = examples.with_label(np.isin(examples.ids, self.known), self.uid)
         names, paths = (*head.class_names, self.name), (*head.tree.paths, self.path)
         fields |= {"class_names": names, "uids": (*head.uids, head.next_class), "next_class": head.next_class + 1}
         return _next(head, paths=paths, **fields)

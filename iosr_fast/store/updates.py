@@ -67,7 +67,8 @@ class Changing:
         embedding; None has the text encoder make it of the name and `descriptions`, as `fit` does; both are refused
         where the model reads no texts. An iterator of `images` is taken one after another, never all into memory.
         `parent` as for `move_class`. The first unreadable image is a BadImageError, and a picture that another class
-        has an IosrFastError; nothing is changed then."""
+        has an IosrFastError; nothing is changed then. Where pictures may have several labels, such a support image gets
+        this one, too."""
         fit = self._store.fitted()
         _check_name(fit.head, name, path_below(parent, fit.head.paths))
         row = _text(fit, name, text, descriptions)
@@ -78,7 +79,8 @@ class Changing:
 
         def make(head: Head) -> Change:
             uid, path = head.next_class, path_below(parent, head.paths)
-            return changes.AddClass.of(uid, _numbered(encoded, head, [uid]), row, name=name, path=path)
+            new, known = _split(encoded, head)
+            return changes.AddClass.of(uid, _numbered(new, head, [uid]), row, name=name, path=path, known=known)
 
         return self._store.change(fit, make)
 
@@ -323,6 +325,15 @@ def _encode(fit: FittedClassifier, images: Any) -> Examples | None:
     examples = encode_images(fit.clip.encoder_for(adapted=True), iter(listed), fit.settings).examples
     groups = None if lazy else read_groups(None, len(listed), listed, [0] * len(listed))  # all are of one class
     return replace(examples, groups=groups) if len(examples) else None
+
+
+def _split(encoded: Examples | None, head: Head) -> tuple[Examples | None, tuple[int, ...]]:
+    """The images that are no support images yet, and the numbers of the others, where these may have several labels."""
+    if encoded is None or not head.is_multi_label:
+        return encoded, ()
+    known = dict(_same_pictures(encoded.embeddings, head.examples.as_queries))
+    new = np.setdiff1d(np.arange(len(encoded)), [*known])
+    return encoded.rows(new) if len(new) else None, tuple({*head.examples.ids[[*known.values()]].tolist()})
 
 
 def _numbered(encoded: Examples | None, head: Head, uids: list[int]) -> Examples | None:
