@@ -222,8 +222,8 @@ class Answering:
         that are confused or have too few or too alike images (methods.support_audit). Images are named by their ids and
         files, rows by their positions in the X of `fit`."""
         fitted = self._fitted()
-        head = fitted.head.require_single_label("audit")
+        head = fitted.head
         images = np.array([self._name_of(number) for number in head.examples.ids.tolist()])
         names: dict[str, Any] = {"images": images, "classes": fitted.labels, "paths": head.examples.paths}
-        names |= {"notes": head.look_alike_warning}
+        names |= {"notes": head.look_alike_warning, "link": head.link}
         return audit_support(head.support, head.calibrated_out_of_fold, which=head.config.which, **names)
