@@ -19,7 +19,7 @@ _RIGHT = 8  # further labels, all right: the prior Beta(1, 9) of the share, whic
 
 
 _PAIRS = 1 << 20  # of image and class that several labels are fitted to; of more, those of every n-th image
-_START = 0.05  # of both shares
+_START, _LOG_STARTS = 0.05, (0.0, 1.0, 2.0)  # of both shares, and logs of the factor: likelihood may have two maxima
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def fit_missing_labels(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
 
     An image belongs to a class with probability p = sigmoid(factor * logit + bias). It then lacks the label with
     probability `missing`; an image of another class has it with probability share * odds, odds being those of a label
-    or 1 if they are above, so that `share` is that of the labels that are wrong. The four parameters maximise the
+    or 1 if they are above: `share` is about that of the labels that are wrong. The four parameters maximise the
     likelihood of the labels and of eight more that are neither wrong nor missing,
 
         sum over i, c of log q[i, c] or, without the label, log(1 - q[i, c]) + 8 log(1 - share) + 8 log(1 - missing),
@@ -140,8 +140,9 @@ def fit_missing_labels(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
         result[free] = np.linalg.solve(second[np.ix_(free, free)], gradient[free])
         return result
 
-    start = np.clip(np.array([0.0, 0.0, _START, _START]), low, high)
-    point, _ = newton(start, evaluate, step, lambda tried: np.clip(tried, low, high), 1e-6)
+    starts = (np.clip(np.array([log_factor, 0.0, _START, _START]), low, high) for log_factor in _LOG_STARTS)
+    found = [newton(start, evaluate, step, lambda tried: np.clip(tried, low, high), 1e-6)[0] for start in starts]
+    point = min(found, key=lambda point: evaluate(point)[0])
     factor, (bias, share, missing) = float(np.exp(point[0])), point[1:].tolist()
     likely = factor * logits.astype(np.float64) + bias
     if_there = np.log(share * odds / (1 - missing)) - likely
