@@ -218,9 +218,9 @@ class Answering:
         return self._fitted().head.judged.reliability
 
     def audit(self) -> SupportAudit:
-        """What is wrong with the support images, as left-out ones tell: likely wrong labels, near duplicates, classes
-        that are confused or have too few or too alike images (methods.support_audit). Images are named by their ids and
-        files, rows by their positions in the X of `fit`."""
+        """What is wrong with the support images, as left-out ones tell: likely wrong labels, of several a picture the
+        missing ones, too, near duplicates, classes that are confused or have too few or too alike images
+        (methods.support_audit). Images are named by their ids and files, rows by their positions in the X of `fit`."""
         fitted = self._fitted()
         head = fitted.head
         images = np.array([self._name_of(number) for number in head.examples.ids.tolist()])

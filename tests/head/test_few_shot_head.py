@@ -351,7 +351,6 @@ def test_answers_have_the_form_of_the_labels(rng: np.random.Generator, tmp_path:
         by_sets.score(X, [{"eel"}] * len(X))
     for name, call in {
         "unknown_score": lambda: by_sets.unknown_score(X),
-        "audit": by_sets.audit,
         "suggest": lambda: by_sets.suggest(X, 3),
         "predict with unknown or max_error": lambda: by_sets.predict(X, unknown="reject"),
     }.items():

@@ -197,6 +197,7 @@ def test_wrong_and_missing_labels_of_several_are_found_each_with_its_picture() -
 def test_confused_classes_of_several_labels_are_those_that_look_the_same(rng: np.random.Generator) -> None:
     rows, labels = scenes(200)
     assert not audit_of_sets(rows, labels).confusions
+    assert not audit_of_sets(unit(rng.standard_normal((200, 32))), labels).confusions  # a classifier that guesses
     one = np.flatnonzero(labels[:, 3] != labels[:, 7])
     taken = one[rng.random(len(one)) < 0.5]
     labels[taken[:, None], [3, 7]] ^= True
@@ -210,10 +211,12 @@ def test_of_several_labels_those_of_single_images_are_judged_by_class_names() ->
     rows = unit(labels @ WORLD.centres)
     blind = audit_of_sets(rows, labels)
     assert blind.basis == "nothing" and not blind.suspects and np.isnan([*blind.suspicion.values()]).all()
-    labels[2, 7] = False
+    labels[:2] = labels[:2][:, [0, 1, 2, 3, 4, 6, 5, 7, 8, 9]]
     audit = audit_of_sets(rows, labels, unit(WORLD.centres))
-    assert audit.basis == "class names" and [one.image for one in audit.likely_wrong] == [2]
-    assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["label_sets"] == {"2": [2]}
+    assert audit.basis == "class names" and len(audit.likely_wrong) == 4
+    assert audit.corrected == {0: (0, 5), 1: (1, 6)}
+    assert all((one.probability < 0.5) == (one.suggested is None) for one in audit.likely_wrong)
+    assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["label_sets"]["1"] == [1, 5]
 
 
 def test_classes_that_no_known_class_explains_come_first() -> None:
