@@ -219,12 +219,12 @@ class Answering:
         return self._fitted().head.judged.reliability
 
     def audit(self) -> SupportAudit:
-        """What is wrong with the support images, as left-out ones tell: likely wrong labels, near duplicates, classes
-        that are confused or have too few or too alike images (methods.support_audit). Images are named by their ids and
-        files, rows by their positions in the X of `fit`."""
+        """What is wrong with the support images, as left-out ones tell: likely wrong labels, of several a picture the
+        missing ones, too, near duplicates, classes that are confused or have too few or too alike images
+        (methods.support_audit). Images are named by their ids and files, rows by their positions in the X of `fit`."""
         fitted = self._fitted()
-        head = fitted.head.require_single_label("audit")
+        head = fitted.head
         images = np.array([self._name_of(number) for number in head.examples.ids.tolist()])
         names: dict[str, Any] = {"images": images, "classes": fitted.labels, "paths": head.examples.paths}
-        names |= {"notes": head.look_alike_warning}
+        names |= {"notes": head.look_alike_warning, "link": head.link}
         return audit_support(head.support, head.calibrated_out_of_fold, which=head.config.which, **names)

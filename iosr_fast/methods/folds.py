@@ -98,7 +98,7 @@ def make_folds(support: SupportSet, look_alikes: np.ndarray | None = None) -> Fo
 
     Of images with several labels or none every one is in one of up to MAX_FOLDS folds and is scored, as it says of each
     class whether it has it. They share a unit, too, where they are near duplicates of a class or of no label, and where
-    more look alike than independent ones do. Where images share units, `distinct` counts the folds of a class.
+    more look alike than independent ones do.
     """
     if support.owners is not None:
         return _fold_label_sets(support)
@@ -140,8 +140,14 @@ def _fold_label_sets(support: SupportSet) -> Folds:
     folds = Folds(fold, np.ones(len(images), bool), support.counts, units)
     if folds.are_alone:
         return folds
-    of_class = np.unique(classes * folds.number + fold[owners]) // folds.number
-    return replace(folds, distinct=np.bincount(of_class, minlength=n_classes))
+    distinct, in_folds = (_distinct(ids[owners], classes, n_classes) for ids in (units, fold))
+    return replace(folds, distinct=np.where(in_folds > 1, distinct, in_folds))
+
+
+def _distinct(ids: np.ndarray, classes: np.ndarray, n_classes: int) -> np.ndarray:
+    """(C,) int64: of each class how many of the `ids` (M,) its labels `classes` (M,) have."""
+    of_class = np.unique(ids * n_classes + classes) % n_classes
+    return np.bincount(of_class, minlength=n_classes)
 
 
 def assign_folds(units: np.ndarray, images: np.ndarray, classes: np.ndarray, number: int) -> np.ndarray:
@@ -244,6 +250,7 @@ def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, fl
 def class_distances(rows: np.ndarray, support: SupportSet, of: Callable[[np.ndarray], Any]) -> np.ndarray:
     """(C,) float64: `of`, the mean or the median, over the pairs of a class of the distance 1 - cosine of their `rows`
     (N, D); NaN for a class without a pair."""
+    rows = support.of_labels(rows)
     distances = np.full(support.n_classes, np.nan)
     offsets = support.class_offsets
     for c in np.flatnonzero(support.counts > 1):

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods.log_loss import log_losses
+from iosr_fast.methods.links import Platt
+from iosr_fast.methods.log_loss import Evaluated, log_losses, newton, sigmoid
+from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.out_of_fold import OutOfFold
+from iosr_fast.methods.support_set import SupportSet
 
 # Factors of the logits that are searched. Those of a plan are calibrated, and wrong labels make them too small.
 _LOG_FACTORS = np.linspace(-np.log(16.0), np.log(16.0), 17)
@@ -14,20 +18,27 @@ _MOST = 0.5
 _RIGHT = 8  # further labels, all right: the prior Beta(1, 9) of the share, which decides if the logits say nothing
 
 
+_PAIRS = 1 << 20  # of image and class that several labels are fitted to; of more, those of every n-th image
+_START, _LOG_STARTS = 0.05, (0.0, 1.0, 2.0)  # of both shares, and logs of the factor: likelihood may have two maxima
+
+
 @dataclass(frozen=True, eq=False)
 class LabelNoise:
-    """The result of `fit_label_noise` for N images.
+    """The result of `fit_label_noise` for N images, and of `fit_missing_labels` for N images and C classes.
 
-    wrong     (N,) float64, the probability that the label is wrong
-    surprise  (N,) float64, -log of the label's probability, in nats: `wrong` rises with it, and has ties where it is 1
+    wrong     (N,) or (N, C) float64, the probability that the label, or that there is none, is wrong
+    surprise  of the same shape: `wrong` rises with it, and has ties where it is 1. -log of the label's probability, in
+              nats; with several labels an image the log odds of `wrong`
     share     of the labels that are wrong, in (0, 0.5]
     factor    of the logits, by which right labels are most probable
+    missing   with several labels an image the share of right labels that are not there, in (0, 0.5]
     """
 
     wrong: np.ndarray
     surprise: np.ndarray
     share: float
     factor: float
+    missing: float = 0.0
 
 
 def fit_label_noise(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
@@ -81,3 +92,117 @@ def _share(p: np.ndarray, others: int) -> float:
         else:
             high = middle
     return (low + high) / 2
+
+
+def fit_missing_labels(logits: np.ndarray, labels: np.ndarray) -> LabelNoise:
+    """How probable it is that a label that an image has is wrong, and that one that it has not is missing, by logits
+    (N, C) that have not seen the labels (N, C) bool; float64.
+
+    An image belongs to a class with probability p = sigmoid(factor * logit + bias). It then lacks the label with
+    probability `missing`; an image of another class has it with probability share * odds, odds being those of a label
+    or 1 if they are above: `share` is about that of the labels that are wrong. The four parameters maximise the
+    likelihood of the labels and of eight more that are neither wrong nor missing,
+
+        sum over i, c of log q[i, c] or, without the label, log(1 - q[i, c]) + 8 log(1 - share) + 8 log(1 - missing),
+        q = (1 - missing) p + share odds (1 - p),
+
+    and wrong[i, c] = share odds (1 - p) / q, or missing p / (1 - q), by Bayes' rule. The bias is needed, because
+    logits that were calibrated to labels of which many are missing say too little everywhere. Without any label, or
+    with all, nothing can be wrong.
+
+    Source: Mnih & Hinton, Learning to label aerial images from noisy data, ICML 2012 (the two kinds of errors).
+    """
+    labelled = int(labels.sum())
+    if labelled in (0, labels.size):
+        return LabelNoise(np.zeros(labels.shape), np.zeros(labels.shape), float("nan"), 1.0)
+    some = slice(None, None, -(-labels.size // _PAIRS))
+    odds = min(labelled / (labels.size - labelled), 1.0)
+    y, z = labels[some], logits[some].astype(np.float64)
+    low = np.array([_LOG_FACTORS[0], -np.inf, 0.5 / labelled, 0.5 / labelled])
+    high = np.array([_LOG_FACTORS[-1], np.inf, _MOST, _MOST])
+
+    def evaluate(point: np.ndarray) -> Evaluated:  # the log of the factor, the bias, share and missing
+        p = sigmoid(np.exp(point[0]) * z + point[1])
+        q = (1 - point[3]) * p + point[2] * odds * (1 - p)
+        loss = -float(np.log(np.where(y, q, 1 - q)).sum())
+        return loss - _RIGHT * float(np.log1p(-point[2:]).sum()), loss, p
+
+    def step(point: np.ndarray, p: np.ndarray) -> np.ndarray:  # Fisher's scoring
+        q = (1 - point[3]) * p + point[2] * odds * (1 - p)
+        by_bias = (1 - point[3] - point[2] * odds) * p * (1 - p)
+        slopes = np.stack([by_bias * np.exp(point[0]) * z, by_bias, odds * (1 - p), -p]).reshape(4, -1)
+        weighted = slopes / (q * (1 - q)).ravel()
+        prior = np.append([0.0, 0.0], _RIGHT / (1 - point[2:]))
+        gradient = weighted @ (q - y).ravel() + prior
+        second = weighted @ slopes.T + np.diag(prior**2 / _RIGHT + 1e-9)
+        free = ((point > low) | (gradient < 0)) & ((point < high) | (gradient > 0))
+        result = np.zeros(4)
+        result[free] = np.linalg.solve(second[np.ix_(free, free)], gradient[free])
+        return result
+
+    starts = (np.clip(np.array([log_factor, 0.0, _START, _START]), low, high) for log_factor in _LOG_STARTS)
+    found = [newton(start, evaluate, step, lambda tried: np.clip(tried, low, high), 1e-6)[0] for start in starts]
+    point = min(found, key=lambda point: evaluate(point)[0])
+    factor, (bias, share, missing) = float(np.exp(point[0])), point[1:].tolist()
+    likely = factor * logits.astype(np.float64) + bias
+    if_there = np.log(share * odds / (1 - missing)) - likely
+    if_missing = np.log(missing / (1 - share * odds)) + likely
+    surprise = np.where(labels, if_there, if_missing)
+    return LabelNoise(sigmoid(surprise), surprise, share, factor, missing)
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedLabels:
+    """By what the labels of N images of C classes were judged, and how.
+
+    basis            "left-out images"; "class names", if nothing could be left out; "nothing"
+    logits           (N, C)
+    scored           (N,) bool, which images have logits that have not seen them
+    wrong, surprise  (N, C), as of LabelNoise; NaN for what can't be judged, and with one label an image for all classes
+                     but its own
+    expected         how many labels are wrong or missing
+    suspicion        (N,) the probability that a label of the image is wrong or missing; NaN where none can be judged
+    most_suspicious  the images by it, falling
+    """
+
+    basis: str
+    logits: np.ndarray
+    scored: np.ndarray
+    wrong: np.ndarray
+    surprise: np.ndarray
+    expected: float
+    suspicion: np.ndarray
+    most_suspicious: list[int]
+
+
+def judge_labels(support: SupportSet, left_out: OutOfFold) -> JudgedLabels:
+    """Judge the labels of a support set by its left-out logits, or by the class names if there are none. Where images
+    may have several labels, those of a class of which nothing can be left out are not judged."""
+    several = support.owners is not None
+    logits = left_out.by_image()
+    scored = np.isfinite(logits[:, 0])
+    judged = left_out.folds.distinct > 1 if several else scored  # classes (C,), or images (N,)
+    basis = "left-out images"
+    if not judged.any():
+        basis, scored = "nothing", np.zeros(len(logits), bool)
+        if support.text is not None and len(logits):
+            basis, judged = "class names", np.ones(len(judged), bool)
+            logits = TextModel(support).scores(support.as_queries)
+            if several:
+                logits = Platt.fit(logits, support.indicator, judged).logits(logits)
+    wrong, surprise = np.full((2, *logits.shape), np.nan)
+    if several:
+        noise = fit_missing_labels(logits[:, judged], support.indicator[:, judged])
+        wrong[:, judged], surprise[:, judged] = noise.wrong, noise.surprise
+        right = np.where(judged, 1.0 - wrong, 1.0).prod(1)
+        suspicion = 1.0 - right if judged.any() else np.full(len(logits), np.nan)
+        most = np.where(judged, surprise, -np.inf).max(1)
+        order = np.lexsort((-most, -suspicion))
+    else:
+        own = np.arange(len(logits)), support.labels
+        noise = fit_label_noise(logits[judged], own[1][judged])
+        pairs = own[0][judged], own[1][judged]
+        wrong[pairs], surprise[pairs] = noise.wrong, noise.surprise
+        suspicion, order = wrong[own], np.argsort(-surprise[own], kind="stable")
+    expected = float(noise.wrong.sum())
+    return JudgedLabels(basis, logits, scored, wrong, surprise, expected, suspicion, order.tolist())

@@ -10,12 +10,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from iosr_fast.methods.folds import class_distances, near_pairs
-from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.models.model import TextModel
+from iosr_fast.methods.label_noise import judge_labels
+from iosr_fast.methods.links import Link, Sigmoid, Softmax
 from iosr_fast.methods.out_of_fold import OutOfFold
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import Which
-from iosr_fast.scoring.reference import softmax
 from iosr_fast.utils.json_values import json_values
 from iosr_fast.utils.result import Result
 
@@ -30,31 +29,42 @@ _NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Suspect:
-    """An image whose label is doubtful: `suspicion` is the probability that `label` is wrong (label_noise).
+    """An image and a label that is doubtful: `suspicion` is the probability that it is wrong (label_noise).
 
-    suggested    the most probable other class when the image is left out, with its `probability` by the classifier
-    neighbours   the support images of that class that are nearest to this one, nearest first
+    label        the label in doubt; None for one of several that is missing
+    suggested    what the image should have in its place: the most probable other class when it is left out; where
+                 images may have several labels the missing one, or None for a label that is wrong
+    probability  by the classifier, of the suggested class; of `label` if there is none
+    neighbours   the other support images of that class that are nearest to this one, nearest first
     path         of its file, where it is known
     """
 
     image: str | int
-    label: Label
+    label: Label | None
     suspicion: float
-    suggested: Label
+    suggested: Label | None
     probability: float
     neighbours: tuple[str | int, ...]
     path: str | None = None
+
+    @property
+    def finding(self) -> str:
+        """What is likely, in words: "four is rather two", "four is wrong", "two is missing"."""
+        if self.label is None:
+            return f"{self.suggested} is missing"
+        return f"{self.label} is wrong" if self.suggested is None else f"{self.label} is rather {self.suggested}"
 
 
 @dataclass(frozen=True)
 class Duplicate:
     """Two images as good as equal for the encoder; of two classes, one of the labels is wrong or both are meant. With
-    the paths of their files, where these are known."""
+    the paths of their files, where these are known. Where images may have several labels, `label` is a tuple of them.
+    """
 
     image: str | int
-    label: Label
+    label: Label | tuple[Label, ...]
     other: str | int
-    other_label: Label
+    other_label: Label | tuple[Label, ...]
     cosine: float
     path: str | None = None
     other_path: str | None = None
@@ -63,7 +73,9 @@ class Duplicate:
 @dataclass(frozen=True)
 class Confusion:
     """Two classes: of their `images`, left out, `mistaken` were taken for the other; `share` of the probability went
-    there, the most of the `examples`, one of each."""
+    there, the most of the `examples`, one of each. Where images may have several labels, of images with one of both
+    labels: those that were given the other one alone, and the mean of (1 - p) (q - r), p and q the probabilities of the
+    label and of the other one, r the mean q of images without the latter."""
 
     label: Label
     other: Label
@@ -76,7 +88,7 @@ class Confusion:
 @dataclass(frozen=True)
 class ClassReport:
     """A class: its `images`, how many of them are `distinct` (Folds.distinct), how many were left out (`scored`) and
-    then `right`, how varied they are (1: as usual), and what to do in `advice`, or ""."""
+    then `right` (given this label), how varied they are (1: as usual), and what to do in `advice`, or ""."""
 
     label: Label
     images: int
@@ -92,15 +104,17 @@ class SupportAudit(Result):
     """The result of `audit_support` for N images of C classes; `to_frame` has the suspects.
 
     suspicion        from what names an image, its row or an example's id, to the probability that its label is wrong;
-                     the most suspicious first, by the label's probability; NaN, last, for one that can't be left out
+                     the most suspicious first, by the label's probability; NaN, last, for one that can't be left out.
+                     With several labels an image, that any of them is wrong or missing
     suspects         labels that are doubtful (suspicion of at least 10%), the most suspicious first
-    expected_wrong   how many labels are wrong by estimate, listed or not
+    expected_wrong   how many labels are wrong, or missing, by estimate, listed or not
     duplicates       the nearest pair first
     confusions       the most confused classes first
     classes          all of them, in their order
     notes            what makes left-out images say too much of new ones, and what to do
     basis            what labels were compared with: "left-out images"; "class names", if nothing could be left out;
                      "nothing"
+    label_sets       where images may have several labels those of each image in `suspects`; None otherwise
     """
 
     suspicion: Mapping[str | int, float]
@@ -112,18 +126,34 @@ class SupportAudit(Result):
     notes: tuple[str, ...]
     basis: str
     seconds: float = field(default=0.0, compare=False)
+    label_sets: Mapping[str | int, tuple[Label, ...]] | None = None
 
     @property
     def likely_wrong(self) -> tuple[Suspect, ...]:
-        """The suspects whose label is more likely wrong than right."""
+        """The suspects whose label is more likely wrong, or missing, than not."""
         return tuple(suspect for suspect in self.suspects if suspect.suspicion > LIKELY)
+
+    @property
+    def corrected(self) -> dict[str | int, tuple[Label, ...]]:
+        """The labels that the images of `likely_wrong` should have."""
+        return {image: self.labels_after(own) for image, own in grouped(self.likely_wrong).items()}
+
+    def labels_after(self, suspects: Sequence[Suspect]) -> tuple[Label, ...]:
+        """The labels of an image, as suspects of it suggest."""
+        own = (suspects[0].label,) if self.label_sets is None else self.label_sets[suspects[0].image]
+        wrong = [one.label for one in suspects]
+        added = [one.suggested for one in suspects]
+        return tuple(label for label in (*(one for one in own if one not in wrong), *added) if label is not None)
 
     def summary(self) -> str:
         """What was found, a line each."""
         lines = [f"{len(self.suspicion)} images of {len(self.classes)} classes, checked by {self.basis}"]
         if self.basis != "nothing":
-            listed = f"labels that are likely wrong: {len(self.likely_wrong)}"
-            lines.append(f"{listed}; by estimate {self.expected_wrong:.1f} labels are wrong")
+            wrong = sum(one.label is not None for one in self.likely_wrong)
+            listed, both = f"labels that are likely wrong: {wrong}", ""
+            if self.label_sets is not None:
+                listed, both = f"{listed}, likely missing: {len(self.likely_wrong) - wrong}", " or missing"
+            lines.append(f"{listed}; by estimate {self.expected_wrong:.1f} labels are wrong{both}")
         across = sum(pair.label != pair.other_label for pair in self.duplicates)
         lines.append(f"near duplicates: {len(self.duplicates)} pairs, {across} under two labels")
         lines += self.notes
@@ -138,8 +168,18 @@ class SupportAudit(Result):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the number of images in place of `suspicion`; null for what can't be said."""
         facts = {name: value for name, value in vars(self).items() if name != "suspicion"}
+        if self.label_sets is None:
+            del facts["label_sets"]
         values: dict[str, Any] = json_values({"images": len(self.suspicion), **facts})
         return values
+
+
+def grouped(suspects: Sequence[Suspect]) -> dict[str | int, list[Suspect]]:
+    """The suspects of each image, in their order."""
+    images: dict[str | int, list[Suspect]] = {}
+    for one in suspects:
+        images.setdefault(one.image, []).append(one)
+    return images
 
 
 def audit_support(
@@ -147,6 +187,7 @@ def audit_support(
     left_out: OutOfFold,
     *,
     which: Which = "plain",
+    link: Link | None = None,
     images: np.ndarray | None = None,
     classes: np.ndarray | None = None,
     paths: Sequence[str | None] = (),
@@ -154,90 +195,103 @@ def audit_support(
 ) -> SupportAudit:
     """What is wrong with N labelled images of C classes.
 
-    `left_out` are the out-of-fold logits of a method, and `which` are the embeddings that it compares. `images` (N,)
-    and `classes` (C,) name images and classes in the result; None: by position. `paths` (N, or none) are those of the
-    images' files; the result has the `notes`, too.
+    `left_out` are the out-of-fold logits of a method, `which` are the embeddings that it compares, and `link` says what
+    it answers (None: that of these logits). `images` (N,) and `classes` (C,) name images and classes in the result;
+    None: by position. `paths` (N, or none) are those of the images' files; the result has the `notes`, too.
 
-    Labels are judged by the logits of left-out images: the suspicion of label_noise is high
-    if a label is less probable than a random error would make it, given how often the classifier is mistaken. If every
-    class has one image, the class names judge, where there are texts. Near duplicates are images whose distance
-    1 - cosine is at most a tenth of the usual one of two images of a class, the median over classes of the median of
-    their pairs. Confusions leave likely wrong labels out.
+    Labels are judged by the logits of left-out images: the suspicion of label_noise is high if a label is less probable
+    than a random error would make it, given how often the classifier is mistaken. If every class has one image, the
+    class names judge, where there are texts. Where images may have several labels, each label is judged by itself, and
+    each that an image lacks, too; none of a class of which nothing can be left out.
+
+    Near duplicates are images whose distance 1 - cosine is at most a tenth of the usual one of two images of a class,
+    the median over classes of the median of their pairs. Confusions leave likely wrong labels out, but where images may
+    have several labels none: of two classes that are taken for one another many labels look wrong.
 
     Time: N^2 D operations for the pairs, in blocks.
 
     Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
-    2021), fitted by likelihood.
+    2021), fitted by likelihood; with several labels it has two (Mnih & Hinton, ICML 2012).
     """
     started = time.perf_counter()
-    labels = support.labels
-    names = list(range(len(labels))) if images is None else images.tolist()
-    files = paths or (None,) * len(labels)
+    several, truth = support.owners is not None, support.indicator
+    names = list(range(len(truth))) if images is None else images.tolist()
+    files = paths or (None,) * len(truth)
     class_names = list(range(support.n_classes)) if classes is None else classes.tolist()
-    logits = left_out.by_image()
-    basis = "left-out images"
-    judged = scored = np.isfinite(logits[:, 0])
-    if not scored.any():
-        judged = np.full(len(scored), support.text is not None)
-        basis = "nothing"
-        if support.text is not None and len(scored):
-            basis = "class names"
-            logits = TextModel(support).scores(support.as_queries)
-    noise = fit_label_noise(logits[judged], labels[judged])
-    suspicion, surprise = np.full((2, len(scored)), np.nan)
-    suspicion[judged] = noise.wrong
-    surprise[judged] = noise.surprise
+    link = link or (Sigmoid.of(left_out.logits) if several else Softmax())
+    found = judge_labels(support, left_out)
     rows = image_rows(support.embeddings, which, None)
-    shares = softmax(logits.astype(np.float64))
-    most_suspicious = np.argsort(-surprise, kind="stable").tolist()  # NaN last
+    shares = link.probabilities(found.logits.astype(np.float64))
+    of_labels, offsets = support.of_labels(np.arange(len(truth))), support.class_offsets
 
-    def suspect(i: int) -> Suspect:
-        c = int(np.where(np.arange(support.n_classes) == labels[i], -1.0, shares[i]).argmax())
-        first, last = support.class_offsets[c : c + 2]
-        nearest = first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
-        neighbours = tuple(names[j] for j in nearest.tolist())
-        label = class_names[labels[i]]
-        return Suspect(names[i], label, float(suspicion[i]), class_names[c], float(shares[i, c]), neighbours, files[i])
+    def labels_of(i: int) -> Any:
+        own = tuple(class_names[c] for c in np.flatnonzero(truth[i]).tolist())
+        return own if several else own[0]
+
+    def suspect(i: int, doubted: int) -> Suspect:
+        better = doubted if several else int(np.where(truth[i], -1.0, shares[i]).argmax())
+        label = class_names[doubted] if truth[i, doubted] else None
+        suggested = None if truth[i, better] else class_names[better]
+        others = of_labels[offsets[better] : offsets[better + 1]]
+        others = others[others != i]
+        nearest = others[np.argsort(-(rows[others] @ rows[i]), kind="stable")[:_NEIGHBOURS]]
+        neighbours, share = tuple(names[j] for j in nearest.tolist()), float(shares[i, better])
+        return Suspect(names[i], label, float(found.wrong[i, doubted]), suggested, share, neighbours, files[i])
 
     def duplicate(i: int, j: int, cosine: float) -> Duplicate:
-        label, other_label = class_names[labels[i]], class_names[labels[j]]
-        return Duplicate(names[i], label, names[j], other_label, cosine, files[i], files[j])
+        return Duplicate(names[i], labels_of(i), names[j], labels_of(j), cosine, files[i], files[j])
 
+    doubtful = np.argwhere(found.wrong >= _DOUBTFUL)
+    doubtful = doubtful[np.argsort(-found.surprise[tuple(doubtful.T)], kind="stable")]
+    chosen = found.scored if several else found.scored & ~(found.suspicion > LIKELY)
     return SupportAudit(
-        suspicion={names[i]: float(suspicion[i]) for i in most_suspicious},
-        suspects=tuple(suspect(i) for i in most_suspicious if suspicion[i] >= _DOUBTFUL),
-        expected_wrong=float(noise.wrong.sum()),
+        suspicion={names[i]: float(found.suspicion[i]) for i in found.most_suspicious},
+        suspects=tuple(suspect(*pair) for pair in doubtful.tolist()),
+        expected_wrong=found.expected,
         duplicates=tuple(duplicate(*pair) for pair in near_pairs(rows, support)),
-        confusions=tuple(_confusions(support, names, class_names, shares, scored & ~(suspicion > LIKELY))),
-        classes=tuple(_class_reports(support, class_names, left_out, rows)),
+        confusions=tuple(_confusions(names, class_names, truth, shares, link.decide(found.logits), chosen)),
+        classes=tuple(_class_reports(support, class_names, left_out, link, rows)),
         notes=notes,
-        basis=basis,
+        basis=found.basis,
         seconds=time.perf_counter() - started,
+        label_sets={names[i]: labels_of(i) for i in np.unique(doubtful[:, 0]).tolist()} if several else None,
     )
 
 
 def _confusions(
-    support: SupportSet, names: Sequence[Any], classes: Sequence[Any], shares: np.ndarray, chosen: np.ndarray
+    names: Sequence[Any],
+    classes: Sequence[Any],
+    truth: np.ndarray,
+    shares: np.ndarray,
+    decided: np.ndarray,
+    chosen: np.ndarray,
 ) -> Iterator[Confusion]:
-    """Pairs of classes, by the probabilities (N, C) of the left-out images `chosen` (N,) bool; `names` (N)."""
-    towards_others = np.where(chosen[:, None], shares, 0.0)
-    labels = support.labels[chosen]
-    n_classes = support.n_classes
-    shares = shares[chosen]
-    counts = np.bincount(labels, minlength=n_classes)
-    taken = np.bincount(labels * n_classes + shares.argmax(1), minlength=n_classes**2).reshape(n_classes, n_classes)
-    both = counts[:, None] + counts
-    towards = np.eye(n_classes)[labels].T @ shares
-    share = np.triu((towards + towards.T) / np.maximum(both, 1), 1)
+    """Pairs of classes, by the labels (N, C) bool, probabilities (N, C) and answers of the left-out images `chosen`
+    (N,) bool, among all images `names` (N)."""
+    several = decided.ndim == 2
+    answers = decided if several else decided[:, None] == np.arange(len(classes))
+    others = ~truth & chosen[:, None]
+    lost, more = np.ones(shares.shape), shares
+    if several:
+        lost, more = 1.0 - shares, shares - np.where(others, shares, 0.0).sum(0) / np.maximum(others.sum(0), 1)
+    lost, gained = np.where(truth & chosen[:, None], lost, 0.0), np.where(others, more, 0.0)
+
+    def count(of_first: np.ndarray, of_second: np.ndarray) -> np.ndarray:
+        """(C, C), in how many images either class of a pair is in one mask and the other one in the other."""
+        found = of_first[chosen].astype(np.float32).T @ of_second[chosen].astype(np.float32)
+        return found + found.T
+
+    either, mistaken = count(truth, ~truth), count(truth & ~answers, ~truth & answers)
+    towards = lost[chosen].T @ gained[chosen]
+    share = np.triu((towards + towards.T) / np.maximum(either, 1), 1)
     for a, b in sorted(np.argwhere(share >= _CONFUSED).tolist(), key=lambda pair: -share[tuple(pair)]):
-        mistaken = int(taken[a, b] + taken[b, a])
-        rows = [np.where(support.labels == c, towards_others[:, d], -1).argmax() for c, d in ((a, b), (b, a))]
+        rows = [np.where(truth[:, c], lost[:, c] * gained[:, d], -1).argmax() for c, d in ((a, b), (b, a))]
         examples = names[int(rows[0])], names[int(rows[1])]
-        yield Confusion(classes[a], classes[b], int(both[a, b]), mistaken, float(share[a, b]), examples)
+        yield Confusion(classes[a], classes[b], int(either[a, b]), int(mistaken[a, b]), float(share[a, b]), examples)
 
 
 def _class_reports(
-    support: SupportSet, classes: Sequence[Any], left_out: OutOfFold, rows: np.ndarray
+    support: SupportSet, classes: Sequence[Any], left_out: OutOfFold, link: Link, rows: np.ndarray
 ) -> Iterator[ClassReport]:
     counts = support.counts
     distinct = left_out.folds.distinct
@@ -245,9 +299,11 @@ def _class_reports(
     if np.isfinite(variety).any():
         variety /= max(np.nanmedian(variety), _ROUNDING)
     usual = float(np.median(distinct[counts > 0])) if counts.any() else 0.0
-    labels = left_out.labels
-    right = np.bincount(labels[left_out.logits.argmax(1) == labels], minlength=len(counts))
-    scored = np.bincount(labels, minlength=len(counts))
+    labels, answers = left_out.labels, link.decide(left_out.logits)
+    if support.owners is None:
+        right, scored = (np.bincount(some, minlength=len(counts)) for some in (labels[answers == labels], labels))
+    else:
+        right, scored = ((some & (distinct > 1)).sum(0) for some in (labels & answers, labels))
     for c, name in enumerate(classes):
         advice = []
         if counts[c] == 0:

@@ -1,10 +1,12 @@
 "use strict";
-// Labels that are typed under pictures, saved as the CSV of path and label, or labels, that `iosr-fast fit` reads. The
-// browser keeps them between visits, by a hash of the pictures' paths.
+// Labels that are typed under pictures, saved as the CSV of path and label that `iosr-fast fit` reads; where a picture
+// may have several, joined by ";", of path and labels. The browser keeps them between visits, by a hash of the
+// pictures' paths.
 const inputs = [...document.querySelectorAll("input[data-path]")];
 const [status, button] = [document.querySelector("#status"), document.querySelector("#save")];
 const names = [...document.querySelectorAll("#classes option")].map((option) => option.value);
 const classes = new Map(names.flatMap((name) => spellings(name).map((spelling) => [spelling, name])));
+const column = button.dataset.column ?? "label";
 let saved = "";
 let kept = false;
 
@@ -43,8 +45,10 @@ function spellings(name) {
 // A label that is close to a class is asked about; the button takes that.
 function ask(input) {
   input.closest("li").querySelector(".meant")?.remove();
-  const meant = spellings(input.value.trim()).map((spelling) => classes.get(spelling)).find(Boolean);
-  if (!meant || names.includes(input.value.trim())) return;
+  const labels = (column === "labels" ? input.value.split(";") : [input.value]).map((label) => label.trim());
+  const closest = (label) => spellings(label).map((spelling) => classes.get(spelling)).find(Boolean) ?? label;
+  const meant = labels.map((label) => (names.includes(label) ? label : closest(label))).join(";");
+  if (meant === labels.join(";")) return;
   const take = document.createElement("button");
   Object.assign(take, { type: "button", className: "button meant", textContent: `Did you mean ${meant}?` });
   take.dataset.label = meant;
@@ -56,7 +60,7 @@ document.addEventListener("input", ({ target }) => {
   update();
 });
 button.addEventListener("click", () => {
-  saveCsv("labels.csv", [["path", button.dataset.column ?? "label"], ...rows()]);
+  saveCsv("labels.csv", [["path", column], ...rows()]);
   saved = JSON.stringify(rows());
   update();
 });

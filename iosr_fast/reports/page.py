@@ -166,20 +166,22 @@ def details(summary: str, *parts: Any, unfolded: bool = False) -> Html:
     return element("details", element("summary", summary), content, open=unfolded or None) if content else content
 
 
-def label_field(path: str, suggested: Any = None) -> Html:
-    """A field for the label of an image, by its absolute path; a button takes the `suggested` class (labels.js)."""
+def label_field(path: str, suggested: Any = None, words: str = "") -> Html:
+    """A field for the label of an image, by its absolute path; a button takes what is `suggested`, which the `words`
+    name (labels.js)."""
     field = element("input", list="classes", data_path=path, autocomplete="off")
-    button = element("button", f"Take {suggested}", type="button", class_="button", data_label=suggested)
+    button = element("button", f"Take {words or suggested}", type="button", class_="button", data_label=suggested)
     return join(element("label", "Label", field, class_="quiet"), None if suggested is None else button)
 
 
 def save_labels(paths: Iterable[str], classes: Iterable[Any], several: bool = False) -> Html:
-    """The button that saves the labels of these images as CSV; `classes` are offered in their fields. Images may have
-    `several` labels, joined by ";"."""
-    key = sha256("\0".join(paths).encode()).hexdigest()
+    """The button that saves the labels of these images as CSV; `classes` are offered in their fields. An image may have
+    `several`, joined by ";": the column is then `labels`."""
     column = "labels" if several else None
-    attributes = {"class_": "button strong", "data_key": key, "data_column": column}
-    button = element("button", "Save labels.csv", id="save", type="button", **attributes)
+    key = sha256("\0".join(paths).encode()).hexdigest()
+    button = element(
+        "button", "Save labels.csv", id="save", type="button", class_="button strong", data_key=key, data_column=column
+    )
     status = element("span", id="status", role="status", class_="quiet")
     offered = element("datalist", *(element("option", value=name) for name in classes), id="classes")
     return join(offered, element("div", button, status, class_="row actions"))

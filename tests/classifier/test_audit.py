@@ -15,6 +15,7 @@ from iosr_fast.methods.links import Softmax
 from iosr_fast.methods.suggest import suggest
 from tests.classifier.conftest import NAMES
 from tests.methods.support_sets import Clusters
+from tests.store.live_parts import pairs_of_pictures
 
 
 def test_an_audit_names_examples_and_is_right_after_a_change(clip: OpenedModel, data: Any) -> None:
@@ -53,6 +54,28 @@ def test_labels_corrected_by_an_audit_of_files_are_those_of_the_next_fit(
     assert not fixed.audit().likely_wrong
     given = dict(zip(fixed.snapshot().examples.paths, fixed.support_.labels, strict=True))
     assert {int(Path(path or "").stem): c for path, c in given.items()} == dict(enumerate(labels))
+
+
+def test_of_several_labels_an_audit_names_the_wrong_and_the_missing_ones(clip: OpenedModel, tmp_path: Path) -> None:
+    images, right, given = pairs_of_pictures(NAMES)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{';'.join(names)}" for i, names in enumerate(given)]
+    (tmp_path / "given.csv").write_text("\n".join(["path,labels", *rows]))
+    classifier = Classifier("any").fit_folder(tmp_path / "given.csv")
+    audit = classifier.audit()
+    edits = {(i, name, None) for i in range(60) for name in given[i] - right[i]}
+    edits |= {(i, None, name) for i in range(60) for name in right[i] - given[i]}
+    assert {(int(Path(one.path or "").stem), one.label, one.suggested) for one in audit.likely_wrong} == edits
+    for image, names in audit.corrected.items():
+        classifier.relabel([str(image)], names)
+    assert not classifier.audit().likely_wrong and len(classifier.audit().suspicion) == 60
+    indicator = np.array([[name in names for name in NAMES] for names in given], int)
+    wrong = FewShotHead().fit(images.reshape(60, -1) / 127.5 - 1, indicator).audit().likely_wrong
+    numbered = {None: None} | {name: c for c, name in enumerate(NAMES)}
+    assert {(one.image, one.label, one.suggested) for one in wrong} == {
+        (i, numbered[label], numbered[suggested]) for i, label, suggested in edits
+    }
 
 
 def test_suggestions_of_a_folder_with_and_without_labels(clip: OpenedModel, data: Any, paths: list[str]) -> None:

@@ -115,6 +115,19 @@ def test_near_images_and_pairs_are_those_of_all_distances(rng: np.random.Generat
     assert NearSupport(single)(np.vstack([plain[5:6], asked])).tolist() == [True] + [False] * 6
 
 
+def test_images_with_several_labels_have_as_many_units_as_they_have_groups(rng: np.random.Generator) -> None:
+    labels = np.zeros((80, 3), bool)
+    labels[:, 0], labels[::4, 1], labels[8:10, 2] = True, True, True
+    support = make_support_set(random_embeddings(rng, 80, 64), labels, None, 1.0, groups=np.arange(80) // 2)
+    folds = make_folds(support)
+    assert folds.number == 16 and folds.distinct.tolist() == [40, 20, 1]
+    plain = support.embeddings.plain.copy()
+    plain[50] = plain[13]
+    assert [pair[:2] for pair in near_pairs(plain, support)] == [(13, 50)]
+    of_last = 1.0 - plain[8] @ plain[9]
+    assert class_distances(plain, support, np.mean)[2] == pytest.approx(of_last)
+
+
 def test_the_distance_of_near_duplicates_is_computed_once_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     head, measured = random_head(np.random.default_rng(0), 4, 5, "gda"), []
     monkeypatch.setattr(

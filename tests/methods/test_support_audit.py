@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.folds import make_folds
-from iosr_fast.methods.label_noise import fit_label_noise
-from iosr_fast.methods.links import Softmax
+from iosr_fast.methods.label_noise import fit_label_noise, fit_missing_labels
+from iosr_fast.methods.links import Platt, Softmax
 from iosr_fast.methods.out_of_fold import OutOfFold, out_of_fold
 from iosr_fast.methods.suggest import suggest
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
@@ -119,6 +120,103 @@ def test_one_image_a_class_is_judged_by_class_names_or_not_at_all() -> None:
     assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["classes"][0]["variety"] is None
     blind = audit_of(rows, labels)
     assert blind.basis == "nothing" and not blind.suspects and np.isnan([*blind.suspicion.values()]).all()
+
+
+def scenes(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """n rows that show two or three of ten things each, and their labels (n, 10)."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((n, 10)).argsort(1) < rng.integers(2, 4, (n, 1))
+    return unit(truth @ WORLD.centres + 0.5 * rng.standard_normal((n, 32))), truth
+
+
+def audit_of_sets(rows: np.ndarray, labels: np.ndarray, text: np.ndarray | None = None) -> SupportAudit:
+    support = make_support_set(Embeddings(rows), labels, text, 100.0)
+    found = out_of_fold(
+        METHODS["stack"], support, make_folds(support), None, {"regression": 1.0, "beta": 1.0, "ridge": 0.1}
+    )
+    platt = Platt.fit(found.logits, labels, found.folds.distinct > 1)
+    return audit_support(support, replace(found, logits=platt.logits(found.logits).astype(np.float32)))
+
+
+@pytest.mark.parametrize(("wrong", "missing", "factor"), [(0.1, 0.1, 1.0), (0.02, 0.3, 0.5), (0.3, 0.01, 2.0)])
+def test_shares_of_wrong_and_missing_labels_are_those_they_were_drawn_from(
+    wrong: float, missing: float, factor: float
+) -> None:
+    rng = np.random.default_rng(3)
+    logits = 4.0 * rng.standard_normal((4000, 8)) - 5.0
+    truth = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    added = wrong * truth.sum() * (1 - missing) / (1 - wrong) / (~truth).sum()
+    labels = np.where(truth, rng.random(truth.shape) >= missing, rng.random(truth.shape) < added)
+    noise = fit_missing_labels(logits / factor + 1.0, labels)  # a bias of no meaning
+    assert noise.share == pytest.approx(wrong, rel=0.1) and noise.missing == pytest.approx(missing, abs=0.03)
+    assert noise.factor == pytest.approx(factor, rel=0.07)
+    for there in (labels, ~labels):
+        assert noise.wrong[there].sum() == pytest.approx((labels != truth)[there].sum(), rel=0.2, abs=20)
+        order = np.argsort(noise.surprise[there])
+        assert (np.diff(noise.wrong[there][order]) >= 0).all()
+
+
+def test_of_several_labels_a_classifier_that_guesses_accuses_nobody() -> None:
+    rng = np.random.default_rng(0)
+    noise = fit_missing_labels(rng.standard_normal((200, 20)), rng.random((200, 20)) < 0.1)
+    assert (noise.wrong <= 0.5).all() and noise.wrong.sum() < 40
+    for labels in (np.zeros((5, 3), bool), np.ones((5, 3), bool), np.zeros((0, 3), bool)):
+        assert not fit_missing_labels(np.zeros(labels.shape), labels).wrong.any()
+
+
+def test_wrong_and_missing_labels_of_several_are_found_each_with_its_picture() -> None:
+    rows, truth = scenes(120)
+    rows = np.vstack([rows, rows[:2]])  # copies, the first with another set of labels
+    labels = np.vstack([truth, truth[:2]])
+    changed = [(5, np.flatnonzero(truth[5])[0]), (31, np.flatnonzero(truth[31])[1]), (120, np.flatnonzero(truth[0])[0])]
+    changed += [(5, np.flatnonzero(~truth[5])[3]), (77, np.flatnonzero(~truth[77])[3])]
+    labels[tuple(np.transpose(changed))] ^= True
+    audit = audit_of_sets(rows, labels)
+    found = {(one.image, one.suggested if one.label is None else one.label): one for one in audit.likely_wrong}
+    assert set(found) == set(changed) and audit.expected_wrong == pytest.approx(5, abs=1.5)
+    for (image, c), one in found.items():
+        assert (one.label, one.suggested) == ((c, None) if labels[image, c] else (None, c))
+        others = np.setdiff1d(np.flatnonzero(labels[:, c]), image)
+        assert one.neighbours == tuple(others[np.argsort(-(rows[others] @ rows[image]), kind="stable")[:3]])
+        assert one.finding == f"{c} is {'wrong' if labels[image, c] else 'missing'}"
+    assert set(list(audit.suspicion)[:4]) == {5, 31, 77, 120} and len(audit.suspicion) == 122
+    right = np.vstack([truth, truth[:2]])
+    assert {image: set(own) for image, own in audit.corrected.items()} == {
+        image: set(np.flatnonzero(right[image])) for image in (5, 31, 77, 120)
+    }
+    assert "likely wrong: 2, likely missing: 3;" in audit.summary() and "pairs, 1 under two labels" in audit.summary()
+    assert [(one.image, one.other) for one in audit.duplicates[:2]] == [(0, 120), (1, 121)]
+    assert audit.duplicates[0].label == tuple(np.flatnonzero(truth[0])) != audit.duplicates[0].other_label
+    for c, one in enumerate(audit.classes):
+        assert one.images == one.scored == labels[:, c].sum() and 0.8 * one.scored < one.right <= one.scored
+        assert one.images - 4 < one.distinct <= one.images - (labels[:, c] & (np.arange(122) > 120)).sum()
+        assert not one.advice
+    assert len(audit_of_sets(rows[:120], truth).likely_wrong) <= 1
+
+
+def test_confused_classes_of_several_labels_are_those_that_look_the_same(rng: np.random.Generator) -> None:
+    rows, labels = scenes(200)
+    assert not audit_of_sets(rows, labels).confusions
+    assert not audit_of_sets(unit(rng.standard_normal((200, 32))), labels).confusions  # a classifier that guesses
+    one = np.flatnonzero(labels[:, 3] != labels[:, 7])
+    taken = one[rng.random(len(one)) < 0.5]
+    labels[taken[:, None], [3, 7]] ^= True
+    (confusion,) = audit_of_sets(rows, labels).confusions
+    assert (confusion.label, confusion.other) == (3, 7) and confusion.images == len(one)
+    assert [labels[image, [3, 7]].tolist() for image in confusion.examples] == [[True, False], [False, True]]
+
+
+def test_of_several_labels_those_of_single_images_are_judged_by_class_names() -> None:
+    labels = np.eye(10, dtype=bool)[:5] | np.eye(10, dtype=bool)[5:]
+    rows = unit(labels @ WORLD.centres)
+    blind = audit_of_sets(rows, labels)
+    assert blind.basis == "nothing" and not blind.suspects and np.isnan([*blind.suspicion.values()]).all()
+    labels[:2] = labels[:2][:, [0, 1, 2, 3, 4, 6, 5, 7, 8, 9]]
+    audit = audit_of_sets(rows, labels, unit(WORLD.centres))
+    assert audit.basis == "class names" and len(audit.likely_wrong) == 4
+    assert audit.corrected == {0: (0, 5), 1: (1, 6)}
+    assert all((one.probability < 0.5) == (one.suggested is None) for one in audit.likely_wrong)
+    assert json.loads(json.dumps(audit.to_dict(), allow_nan=False))["label_sets"]["1"] == [1, 5]
 
 
 def test_classes_that_no_known_class_explains_come_first() -> None:

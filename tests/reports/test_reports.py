@@ -26,7 +26,7 @@ from iosr_fast.reports import evaluation_report
 from iosr_fast.reports.audit_report import audit_page
 from tests.cli.runs import never, refused, run
 from tests.reports.conftest import NAMES, opened
-from tests.store.live_parts import pictures, with_tree
+from tests.store.live_parts import pairs_of_pictures, pictures, with_tree
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +77,35 @@ def test_the_page_of_an_audit_takes_labels_of_files(place: Path, browser: Any) -
     assert labelled_images(place / "test.csv", place / "labels.csv").labels == [
         name for name in NAMES for _ in range(6)
     ]
+
+
+def test_the_page_of_an_audit_takes_all_labels_of_a_picture(place: Path, browser: Any) -> None:
+    images, right, given = pairs_of_pictures(NAMES)
+    given[8] = {min(right[8]), *(given[8] - right[8])}  # one label is wrong, another one missing
+    for i, image in enumerate([*images, images[7] ^ 0x80]):
+        Image.fromarray(image).save(place / f"<i>{i}.png")
+    rows = [f"<i>{i}.png,{';'.join(sorted(names))}" for i, names in enumerate([*given, {"five"}])]
+    (place / "test.csv").write_text("\n".join(["path,labels", *rows]))
+    Classifier.load("").set_params(method="auto", alpha=None).fit_folder(place / "test.csv")
+    done = run("audit", place / "classifier", "--html", place / "a.html", "--json", place / "a.json")
+    assert "labels that are likely wrong: 6, likely missing: 6;" in done.output, done.output
+    assert f"<i>8.png (e8): {max(right[8])} is missing (" in done.output
+    assert json.loads((place / "a.json").read_text())["label_sets"]["e60"] == ["five"]
+    page = opened(browser, place / "a.html")
+    assert page.locator("h2").all_inner_texts()[0] == "Labels likely wrong or missing"
+    cards = page.locator("section").first.locator("li")
+    assert cards.count() == 11 == cards.get_by_label("Label").count()
+    card = cards.filter(has_text="<i>8.png")
+    assert card.inner_text().count(" is wrong") == card.inner_text().count(" is missing") == 1
+    for i in range(11):
+        cards.nth(i).get_by_role("button", name="Take").click()
+    assert cards.filter(has_text="<i>60.png").get_by_role("button").inner_text() == "Take no label"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save labels.csv").click()
+    download.value.save_as(place / "labels.csv")
+    assert labelled_images(place / "test.csv", place / "labels.csv").labels == [*right, frozenset()]
+    card.get_by_label("Label").fill("two; Three")
+    assert card.get_by_role("button", name="Did you mean two;three?").is_visible()
 
 
 def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path, browser: Any) -> None:

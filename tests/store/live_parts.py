@@ -70,6 +70,19 @@ def pictures(rng: np.random.Generator, classes: int, shots: int) -> tuple[np.nda
     return np.clip(motifs + noise, 0, 255).astype(np.uint8).reshape(-1, SIZE, SIZE, 3), labels
 
 
+def pairs_of_pictures(names: list[str], seed: int = 4) -> tuple[np.ndarray, list[set[str]], list[set[str]]]:
+    """60 pictures (60, 8, 8, 3) that show motifs of two of the five classes each, their names, and names of which 7 to
+    11 have a wrong one more and 30 to 34 lack one."""
+    rng = np.random.default_rng(seed)
+    motifs = pictures(rng, 5, 60)[0].reshape(5, 60, SIZE, SIZE, 3)
+    pairs = [rng.choice(5, 2, replace=False) for _ in range(60)]
+    images = np.stack([motifs[pair, i].mean(0).astype(np.uint8) for i, pair in enumerate(pairs)])
+    right = [{names[c] for c in pair} for pair in pairs]
+    wrong = {i: {min(set(names) - right[i])} for i in range(7, 12)}
+    lacking = {i: {min(right[i])} for i in range(30, 35)}
+    return images, right, [(own | wrong.get(i, set())) - lacking.get(i, set()) for i, own in enumerate(right)]
+
+
 # What the manifest of PixelEncoder's engine says.
 ENGINE_FACTS: dict[str, Any] = {
     "model": "pixels",
