@@ -195,6 +195,8 @@ class Backend:
         if self.classifier.snapshot().is_multi_label:
             self._give(label, image, [*held.values()])
             return
+        if not isinstance(label, str | None):
+            raise IosrFastError(f"expected one choice, as the classifier has one label a picture, got {sorted(label)}")
         for other in held.keys() - {label}:
             alone = len(self.classifier.examples(other)) == 1
             self.classifier.remove_class(other) if alone else self.classifier.remove_examples([held[other]])
