@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from tests.conftest import EXTENDED, random_embeddings, random_plan
 from tests.demo_cache import demo_bundle, demo_engine
 from tests.interpreter import printed
 from tests.methods.support_sets import Clusters
-from tests.scenes import scene_bundle, scenes
+from tests.serving.http_client import several_bundle, tagged
 from tests.store.live_parts import with_tree
 from tools.demo.bundle import held_out_queries
 
@@ -116,23 +117,35 @@ def test_logits_of_every_term_are_the_references(rng: np.random.Generator, kind:
         np.testing.assert_allclose(got["probabilities"], softmax(expected), atol=1e-5)
 
 
-def test_several_labels_are_those_of_the_library(tmp_path: Path) -> None:
-    classifier, file, pictures = Classifier.load(scene_bundle()), tmp_path / "scenes.onnx", scenes(40, seed=1)[0]
-    classifier.export(file, max_error=0.2)
-    names = np.array(json.loads(onnx.load(file).metadata_props[0].value))
-    probabilities, given = classifier.predict_proba(pictures), set[tuple[int, int]]()
+def test_several_labels_are_the_same_by_file_folder_and_command(tmp_path: Path) -> None:
+    """As by the library; tests.serving compares HTTP and batches with it."""
+    classifier, photos = Classifier.load(several_bundle()), tmp_path / "photos"
+    photos.mkdir()
+    for i, content in enumerate(tagged()[2]):
+        (photos / f"{i:02d}.png").write_bytes(content)
+    paths = sorted(photos.iterdir())
+    answers, probabilities = classifier.explain(paths, max_error=0.3), classifier.predict_proba(paths)
+    accepted = [{*one.accepted_labels} for one in answers]
+    expected = [{label for label, _ in one.pairs} for one in answers]
+    assert {(len(one), len(ok)) for one, ok in zip(expected, accepted, strict=True)} >= {(0, 0), (1, 0), (1, 1), (2, 0)}
+    classifier.export(tmp_path / "several.onnx", max_error=0.3)
+    names = np.array(json.loads(onnx.load(tmp_path / "several.onnx").metadata_props[0].value))
     for runtime in ("onnxruntime", "openvino"):
-        execute = opened(file, runtime)
-        for picture, one, expected in zip(
-            pictures, classifier.explain(pictures, max_error=0.2), probabilities, strict=True
-        ):
-            got = execute({"picture": picture[None]})
-            np.testing.assert_allclose(got["probabilities"][0], expected, atol=5e-3)
-            assert {*names[got["labels"][0]]} == {label for label, _ in one.pairs}
-            accepted = {label for (label, _), is_accepted in zip(one.pairs, one.accepted, strict=True) if is_accepted}
-            assert {*names[got["accepted"][0]]} == accepted
-            given.add((len(one.pairs), len(accepted)))
-    assert list(got) == ["probabilities", "labels", "accepted"] and given >= {(0, 0), (1, 1), (2, 1)}
+        execute = opened(tmp_path / "several.onnx", runtime)
+        got = [execute({"picture": np.asarray(Image.open(path))[None]}) for path in paths]
+        assert list(got[0]) == ["probabilities", "labels", "accepted"]
+        np.testing.assert_allclose([one["probabilities"][0] for one in got], probabilities, atol=5e-3)
+        assert [{*names[one["labels"][0]]} for one in got] == expected
+        assert [{*names[one["accepted"][0]]} for one in got] == accepted
+    found = classifier.predict_folder(photos, max_error=0.3)
+    assert found.paths == paths and [{*one} for one in found.labels] == accepted
+    assert [{*one} for one in found.probabilities] == expected
+    done("classify", several_bundle(), photos, "--max-error", "30%", "--out", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = [{name: text.split(";") if text else [] for name, text in row.items()} for row in csv.DictReader(file)]
+    assert [{*row["labels"]} for row in rows] == expected
+    passed = [{label for label, ok in zip(row["labels"], row["accepted"], strict=True) if ok == "true"} for row in rows]
+    assert passed == accepted
 
 
 @pytest.mark.parametrize("method", ["stack", "stack++", *METHODS])
