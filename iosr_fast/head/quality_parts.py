@@ -11,7 +11,12 @@ from iosr_fast.head.predictions import Neighbour
 
 @dataclass(frozen=True)
 class ClassResult:
-    """A class: of the `images` with its label, `right` were given it; `predicted` images were given it in all."""
+    """A class: of the `images` with its label, `right` were given it; `predicted` images were given it in all.
+
+    >>> cat = ClassResult("cat", images=4, right=3, predicted=6)
+    >>> cat.recall, cat.precision
+    (0.75, 0.5)
+    """
 
     label: str
     images: int
