@@ -81,7 +81,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "key-precision": {"changed": ".2%", "accuracy": ".2%", "narrow": ".2%"},
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
     "labels": {
-        **{"map": ".1%", "std": ".1%", "expected": ".1%", "said/precision": "{said:.1%}/{precision:.1%}"},
+        **{"map": ".1%", "expected": ".1%", "rival": ".1%", "said/precision": "{said:.1%}/{precision:.1%}"},
         **{"found": ".1%", "warned": ".0%"},
         **{promise: OF_PROMISE.format(promise) for promise in ("1%", "5%", "10%")},
         **{"breaks/made": "{breaks}/{made}", "p": ".2g"},

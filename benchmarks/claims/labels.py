@@ -1,8 +1,9 @@
-"""Are several labels of a picture learnt, and is what is said of them true? Beside scikit-learn's
-OneVsRestClassifier(LogisticRegression), whose C is the best of five by cross-validation on the support images.
+"""Are several labels of a picture learnt, and is what is said of them true?
 
 map              mean average precision over the classes on the test images
 expected         the same as expected by left-out support images
+rival            map of scikit-learn's OneVsRestClassifier(LogisticRegression), without texts; C is the best of five by
+                 cross-validation on the support images
 said, precision  right labels of all that left-out support images, and test images, are given
 found            of the labels of test images those that they are given
 warned           draws whose fit warns of look-alikes
@@ -18,13 +19,12 @@ demo            its pictures pasted two to an image, of 100 held-out concepts in
 FILE.npz        scenes, sums of 1 to 4 embeddings with weights of 0.5 to 1. The validation and test images of a feature
                 file, with and without texts, are split anew by each draw, all classes alike, and are in one scene each.
                 "bursts X": each support scene is there three times, and all scenes are moved by X times their length as
-                images of a class differ, or "white", in any direction; "groups": which images are one scene is given
+                images of a class differ; "groups": which images are one scene is given
 NAME=FILE.csv   pictures and their labels, as `iosr-fast fit` takes them, encoded by "photographs"
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,7 @@ PROMISES, SEEDS = {f"{percent}%": percent / 100 for percent in (1, 5, 10)}, 20
 DEMO_SHOTS, SCENE_SHOTS, SHARES = (2, 4, 8), (8, 16), (0.2, 0.35, 0.5)  # shares of the pictures of a CSV file
 CONCEPTS, QUERIES = 100, 8
 MOST, BURST = 4, 3  # embeddings of a scene; copies of it
-KINDS = {"bursts 0.2": (0.2, False), "bursts 0.4": (0.4, False), "white bursts 0.3": (0.3, True)}  # how far, any way
-BURSTS = {f"{kind}{named}": (*how, bool(named)) for kind, how in KINDS.items() for named in ("", ", groups")}
+BURSTS = {f"bursts {far}{named}": (far, bool(named)) for far in (0.2, 0.4) for named in ("", ", groups")}
 CS, FOLDS = (1.0, 10.0, 100.0, 1e3, 1e4), 5
 
 
@@ -99,7 +98,6 @@ def pasted(shots: Sequence[int], seeds: Sequence[int]) -> TaskSource:
     clip, every = load_clip("demo"), held_out()[0]
     run = torch_encoder(clip, choose_adapter(clip, "auto"))
 
-    @cache  # both methods draw
     def draw(k: int, seed: int) -> Task:
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(len(every.names))[:CONCEPTS]
@@ -143,10 +141,7 @@ def scenes(data: DataSet, shots: Sequence[int], seeds: Sequence[int], of: str = 
             sums(images[rows], labels[rows], classes, rng) for rows in (chosen, others)
         )
         task = Task(Embeddings(support), members, Embeddings(queries), truth, data.text, data.tau, of=of)
-        if not of:
-            return task
-        far, white, named = BURSTS[of]
-        return in_bursts(task, rng.standard_normal(images.shape) if white else own, far, named, rng)
+        return in_bursts(task, own, *BURSTS[of], rng) if of else task
 
     return TaskSource(data.name, tuple(shots), tuple(seeds), draw)
 
@@ -193,25 +188,25 @@ def pictures(name: str, file: str, shots: Sequence[int] | None, seeds: Sequence[
 
 
 def draws(task: Task, method: str, seed: int) -> Draws:
-    queries, labels, members = rows_of(task.queries), task.labels, task.members.astype(int)
-    if method == "auto":
-        head = fit(task.support, members, task.text, task.tau, groups=task.groups, tune_seconds=SECONDS)
-        inner: Any = head.snapshot()
-        logits, known = inner.calibrated(inner.score(task.queries)), inner.judged
-        test = of_answers(logits, labels, inner.link.decide(logits), np.arange(len(labels)))
-        yield {
-            "map": mean_average_precision(labels, logits),
-            "expected": head.tuned_.average_precision,
-            "said": known.reliability.accuracy if known.count else None,
-            "precision": test.right.mean(),
-            "found": test.right.sum() / labels.sum(),
-            "warned": bool(inner.look_alike_warning),
-            **of_promises(known, test, int(labels.sum())),
-            "of": task.of,
-        }
-    elif not task.of:
-        rival = best_rival(rows_of(task.support), members, seed).fit(rows_of(task.support), members)
-        yield {"map": mean_average_precision(labels, rival.decision_function(queries))}
+    labels, members = task.labels, task.members.astype(int)
+    head = fit(task.support, members, task.text, task.tau, method, task.groups, tune_seconds=SECONDS)
+    inner: Any = head.snapshot()
+    logits, known = inner.calibrated(inner.score(task.queries)), inner.judged
+    test = of_answers(logits, labels, inner.link.decide(logits), np.arange(len(labels)))
+    rival = (
+        None if task.of else best_rival(rows_of(task.support), members, seed).decision_function(rows_of(task.queries))
+    )
+    yield {
+        "map": mean_average_precision(labels, logits),
+        "expected": head.tuned_.average_precision,
+        "rival": None if rival is None else mean_average_precision(labels, rival),
+        "said": known.reliability.accuracy if known.count else None,
+        "precision": test.right.mean(),
+        "found": test.right.sum() / labels.sum(),
+        "warned": bool(inner.look_alike_warning),
+        **of_promises(known, test, int(labels.sum())),
+        "of": task.of,
+    }
 
 
 def of_promises(judged: Judged, test: Judged, labels: int) -> dict[str, Any]:
@@ -229,14 +224,15 @@ def of_promises(judged: Judged, test: Judged, labels: int) -> dict[str, Any]:
 
 
 def best_rival(images: np.ndarray, members: np.ndarray, seed: int) -> OneVsRestClassifier:
-    """The rival, not fitted, whose C has the largest mean average precision in cross-validation on these images."""
+    """The rival whose C has the largest mean average precision in cross-validation on these images, fitted to them."""
     rivals = [OneVsRestClassifier(LogisticRegression(C=c, max_iter=300)) for c in CS]
     folds = KFold(FOLDS, shuffle=True, random_state=seed)
     left_out = [cross_val_predict(rival, images, members, cv=folds, method="decision_function") for rival in rivals]
-    return rivals[int(np.argmax([mean_average_precision(members > 0, scores) for scores in left_out]))]
+    best = int(np.argmax([mean_average_precision(members > 0, scores) for scores in left_out]))
+    return rivals[best].fit(images, members)
 
 
-CLAIM = Claim("labels", __doc__, draws, ("auto", "OneVsRest"), sources, of_draws)
+CLAIM = Claim("labels", __doc__, draws, sources=sources, pool=of_draws)
 
 if __name__ == "__main__":
     CLAIM.main()
