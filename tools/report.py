@@ -40,7 +40,8 @@ SUBJECTS = {
     "accuracy-demo-shift": "The same with support and queries in different styles.",
     "unequal": "Accuracy in % where half of the classes have a quarter of the images.",
     "joint": "A folder judged jointly, beside each image alone.",
-    "labels": "Several labels a picture: mean average precision and more.",
+    "labels": "Several labels a picture; by promise: of all labels those accepted, of accepted ones wrong, draws that "
+    "break it.",
     "audit": "Wrong labels in the support set.",
     "suggest": "Accuracy after a budget of labels, suggested and at random (mean of ten, its error).",
     "automation": "What is said, and what is true; by promise: labels accepted, of these wrong, draws that break it.",
@@ -79,7 +80,12 @@ COLUMNS: dict[str, dict[str, str]] = {
     **{name: {"accuracy": ".1%", "std": ".1%"} for name in ("texts", "photographs", "descriptions", "parts")},
     "key-precision": {"changed": ".2%", "accuracy": ".2%", "narrow": ".2%"},
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
-    "labels": {"map": ".1%", "std": ".1%", "expected": ".1%", "f1": ".1%", "predicted": ".2f"},
+    "labels": {
+        **{"map": ".1%", "expected": ".1%", "rival": ".1%", "said/precision": "{said:.1%}/{precision:.1%}"},
+        **{"found": ".1%", "warned": ".0%"},
+        **{promise: OF_PROMISE.format(promise) for promise in ("1%", "5%", "10%")},
+        **{"breaks/made": "{breaks}/{made}", "p": ".2g"},
+    },
     "audit": {"auroc": ".4f", "precision": ".1%", "wrong": ".0f", "listed": ".1f", "found": ".1f"},
     "suggest": {"suggested": ".1%", "random": ".1%", "random_se": ".1%"},
     "automation": {

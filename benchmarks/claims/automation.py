@@ -282,12 +282,13 @@ def of_strangers(head: FewShotHead, queries: Embeddings, is_known: np.ndarray) -
 
 def of_draws(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The broken promises of all draws, and the share of wrong labels in the worst of them."""
-    if "own" not in draws[0]:
+    names = [key.removeprefix("broken_") for key in draws[0] if key.startswith("broken_")]
+    if not names:
         return {}
-    made = sum(bool(draw[f"labelled_{name}"]) for draw in draws for name in PROMISES)
-    breaks = sum(bool(draw[f"broken_{name}"]) for draw in draws for name in PROMISES)
+    made = sum(bool(draw[f"labelled_{name}"]) for draw in draws for name in names)
+    breaks = sum(bool(draw[f"broken_{name}"]) for draw in draws for name in names)
     p = binomtest(breaks, made, CHANCE, alternative="greater").pvalue if made else None
-    worst = {f"worst_{name}": max(draw[f"wrong_{name}"] for draw in draws) for name in PROMISES}
+    worst = {f"worst_{name}": max(draw[f"wrong_{name}"] for draw in draws) for name in names}
     return {"made": made, "breaks": breaks, "p": p, **worst}
 
 

@@ -50,10 +50,13 @@ def draw(folder: Path, shots: int, seed: int) -> Task:
 @cache
 def encoded(folder: Path) -> tuple[Embeddings, np.ndarray, list[str]]:
     """The embeddings of a folder's images, their classes and the names of these."""
-    images, encoder = labelled_images(folder, nested=True), Classifier(MODEL).encoder
-    parts = [images.paths[start : start + BATCH] for start in range(0, len(images.paths), BATCH)]
-    rows = Embeddings.concatenate([encoder.encode(to_pixels(part, encoder.geometry)) for part in parts])
-    return rows, np.searchsorted(images.class_names, images.labels), images.class_names
+    images = labelled_images(folder, nested=True)
+    return embedded(images.paths), np.searchsorted(images.class_names, images.labels), images.class_names
+
+
+def embedded(paths: Sequence[Path]) -> Embeddings:
+    encoder, parts = Classifier(MODEL).encoder, [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
+    return Embeddings.concatenate([encoder.encode(to_pixels(part, encoder.geometry)) for part in parts])
 
 
 CLAIM = Claim("photographs", __doc__, draws, ("auto", "LogisticRegression"), sources)

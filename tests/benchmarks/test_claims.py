@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score, log_loss
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, log_loss, precision_score, recall_score
+from sklearn.model_selection import KFold
+from sklearn.multiclass import OneVsRestClassifier
 
 from benchmarks.claims import (
     audit,
@@ -30,12 +33,14 @@ from iosr_fast import Embeddings
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.conformal import of_answers
 from tests.conftest import unit_rows
 from tests.pictures import encode
 
 pytestmark = pytest.mark.slow
 
 CLASSES, WIDTH, EACH = 8, 16, 15
+PARTS = ("val", "test")
 CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, key_precision, suggest, texts)}
 
 
@@ -276,19 +281,106 @@ def test_each_concept_is_in_as_many_images_beside_another() -> None:
     np.testing.assert_array_equal(sides, [np.flatnonzero(row) for row in members])
 
 
-def test_several_labels_have_scikit_learns_figures(rng: np.random.Generator) -> None:
+def tagged(rng: np.random.Generator, n: int, tests: int) -> labels.Task:
+    """Images with two of the labels, some of them far off."""
     centres = unit_rows(rng, CLASSES, WIDTH)
+    members = np.stack([np.isin(np.arange(CLASSES), rng.choice(CLASSES, 2, replace=False)) for _ in range(n + tests)])
+    images = Embeddings(unit(members @ centres + 0.35 * rng.standard_normal((n + tests, WIDTH))))
+    return labels.Task(images[:n], members[:n], images[n:], members[n:], centres.astype(np.float32))
 
-    def draw(n: int) -> tuple[Embeddings, np.ndarray]:
-        members = np.stack([np.isin(np.arange(CLASSES), rng.choice(CLASSES, 2, replace=False)) for _ in range(n)])
-        images = members @ centres + 0.2 * rng.standard_normal((n, WIDTH))
-        return Embeddings((images / np.linalg.norm(images, axis=1, keepdims=True)).astype(np.float32)), members
 
-    (images, members), (queries, truth) = draw(60), draw(40)
-    support = SimpleNamespace(embeddings=images, labels=members, text=centres)
-    task = SimpleNamespace(support=support, queries=queries, labels=truth, tau=100.0)
-    (ours,), (rival,) = list(labels.draws(task, "auto", 0)), list(labels.draws(task, "OneVsRest", 0))
-    head = fit(images, members.astype(int), centres, 100.0)
-    expected = average_precision_score(truth, head.decision_function(queries.plain), average="macro")
-    assert ours["map"] == pytest.approx(expected) and 0.5 < rival["map"] <= 1
-    assert ours["f1"] == pytest.approx(f1_score(truth, head.predict(queries.plain), average="samples"))
+def test_several_labels_have_scikit_learns_figures(rng: np.random.Generator) -> None:
+    task = tagged(rng, 240, 200)
+    (ours,) = list(labels.draws(task, "auto", 0))
+    head = fit(task.support, task.members.astype(int), task.text, task.tau)
+    queries, truth = task.queries.plain, task.labels
+    answers, accepted = head.predict(queries), head.predict(queries, max_error=0.1)
+    average = average_precision_score(truth, head.decision_function(queries), average="macro")
+    expected = {
+        "map": average,
+        "precision": precision_score(truth, answers, average="micro"),
+        "found": recall_score(truth, answers, average="micro"),
+        "labelled_10%": recall_score(truth, accepted, average="micro"),
+        "wrong_10%": 1.0 - precision_score(truth, accepted, average="micro"),
+    }
+    assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert abs(ours["said"] - ours["precision"]) < 0.1 and ours["found"] > ours["labelled_10%"] > 0
+    assert f"{ours['said']:.1%} of" in head.snapshot().summary()
+
+
+def test_a_promise_about_labels_is_broken_where_wrong_ones_are_beyond_chance() -> None:
+    """Of 100 pictures with two accepted labels each: what counts is pictures, as of one both may be wrong."""
+
+    def broken(wrong: int, both: bool) -> bool:
+        truth = np.ones((100, 2), bool)
+        truth[:wrong, 0], truth[: wrong if both else 0, 1] = False, False
+        logits = np.full((100, 2), 5.0)
+        judged, test = (of_answers(logits, one, logits > 0, np.arange(100)) for one in (np.ones((100, 2), bool), truth))
+        found = labels.of_promises(judged, test, 200)
+        assert found["labelled_1%"] == 0 and not found["broken_1%"], "100 pictures can promise no 1%"
+        assert found["wrong_5%"] == wrong * (2 if both else 1) / 200
+        return found["broken_5%"]
+
+    assert [broken(wrong, both=True) for wrong in (9, 10)] == [False, True], "binom.sf(8, 100, 0.05) = 0.063"
+    assert [broken(wrong, both=False) for wrong in (18, 20)] == [False, True], "9 and 10 of 100, of 18 and 20 of 200"
+
+
+def test_the_rivals_parameter_is_chosen_on_the_support_images(rng: np.random.Generator) -> None:
+    task = tagged(rng, 60, 40)
+    images, members = task.support.plain, task.members.astype(int)
+
+    def left_out(c: float) -> float:
+        scores = np.zeros(members.shape)
+        for rows, out in KFold(labels.FOLDS, shuffle=True, random_state=0).split(images):
+            scores[out] = rival(c).fit(images[rows], members[rows]).decision_function(images[out])
+        return average_precision_score(members, scores, average="macro")
+
+    def rival(c: float) -> OneVsRestClassifier:
+        return OneVsRestClassifier(LogisticRegression(C=c, max_iter=300))
+
+    scores = rival(max(labels.CS, key=left_out)).fit(images, members).decision_function(task.queries.plain)
+    found, in_bursts = (next(labels.draws(one, "auto", 0)) for one in (task, replace(task, of="bursts 0.2")))
+    assert found["rival"] == pytest.approx(average_precision_score(task.labels, scores, average="macro"))
+    assert in_bursts["rival"] is None and in_bursts["map"] == found["map"]
+
+
+def test_scenes_are_made_of_disjoint_images(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Of images that differ in one direction each, so that scenes tell what they are made of."""
+    each, classes = 20, 10
+    arrays = {f"{part}_x": np.eye(2 * each * classes, dtype=np.float32)[half::2] for half, part in enumerate(PARTS)}
+    arrays |= {f"{part}_y": np.repeat(np.arange(classes), each) for part in PARTS}
+    arrays |= {"support1_x": arrays["val_x"][::each], "support1_y": np.arange(classes)}
+    np.savez(tmp_path / "f.npz", **arrays)
+    alone, *in_bursts = labels.sources([str(tmp_path / "f.npz")], [4, 10], 2)
+    assert [source.shots for source in (alone, *in_bursts)] == [(4, 10), *[(10,)] * len(labels.BURSTS)]
+    task = alone.draw(10, 0)
+    made = np.concatenate([task.support.plain, task.queries.plain])
+    members = np.concatenate([task.members, task.labels])
+    used = (made > 0).sum(0)
+    assert used.max() == 1 and used.sum() > 0.9 * len(used) and len(task.members) == 40 and len(task.labels) == 120
+    for scene, row in zip(made, members, strict=True):
+        of_class = np.flatnonzero(scene) // 2 % (each * classes) // each
+        assert sorted(of_class) == np.flatnonzero(row).tolist() and 1 <= len(of_class) <= 4
+    assert scene[scene > 0].min() > 0.4 * scene.max()
+    assert not np.array_equal(alone.draw(10, 1).members, task.members)
+    for source in in_bursts:
+        burst = source.draw(10, 0)
+        cosines = burst.support.plain[::3] @ burst.support.plain[1::3].T
+        assert (cosines.argmax(1) == np.arange(40)).all() and cosines.diagonal().max() < 0.99
+        assert (burst.members == np.repeat(task.members, 3, axis=0)).all() and (burst.labels == task.labels).all()
+        assert burst.groups is None or burst.groups.tolist() == np.repeat(np.arange(40), 3).tolist()
+        assert (burst.groups is not None) == ("groups" in burst.of)
+
+
+def test_pictures_of_a_table_are_support_or_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photographs, "MODEL", "demo")
+    images, names = load_pictures("held-out", min_styles=5).images, ("a", "b", "c", "a;b", "")
+    lines = ["path,labels", *(f"{i}.png,{names[i % 5]}" for i in range(60))]
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    for i in range(60):
+        (tmp_path / f"{i}.png").write_bytes(encode(images[i]))
+    rows = labels.CLAIM.main([f"own={tmp_path / 'all.csv'}", "--seeds", "2", "--json", str(tmp_path / "rows.json")])
+    assert [(row["shots"], row["test_images"]) for row in rows] == [(4, 48), (7, 39), (10, 30)]
+    assert rows[0]["data"] == "own" and rows[0]["breaks"] <= rows[0]["made"] and "draws" not in rows[0]
+    (source,) = labels.sources([f"aquarium={tmp_path / 'all.csv'}"], [6], 1)
+    assert "CC BY" in source.name
