@@ -144,7 +144,7 @@ def test_evaluate_measures_several_labels_a_picture(tags: Path, browser: Any) ->
     assert titles[2:] == ["Mistakes", "Classes", "Probabilities", "What may be automated"]
     assert page.locator("section").nth(1).locator("li").count() == found["wrong"] + found["missed"]
     (tags / "one.csv").write_text("path,label\ntagged/01.png,two\n")
-    assert "expected a CSV file with the column labels" in refused(*words, tags / "one.csv")
+    assert "several labels a picture, 1 images" in run(*words, tags / "one.csv").output  # this label and no other
     more = (tags / "tags.csv", "--unknown", tags / "unlabelled")
     assert "unknown_images, keep or coverage is for one label a picture" in refused(*words, *more)
 
