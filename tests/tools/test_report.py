@@ -31,7 +31,7 @@ def test_the_page_is_what_the_rows_give() -> None:
     text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     assert text == page(), "run python tools/report.py"
     assert {path.stem for path in RESULTS.iterdir()} <= SUBJECTS.keys()  # nothing else lies there
-    assert len(text.split()) < 13_800
+    assert len(text.split()) < 14_000
 
 
 def test_times_stand_by_implementation_and_case_in_a_table_for_each_machine(tmp_path: Path) -> None:
