@@ -114,12 +114,12 @@ class Answering:
         classes: a share `keep` of those that do belong to one keeps its label. Refused where there are too few support
         images for that promise: 0.95 takes 19 that can be left out.
 
-        `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share is
-        wrong, with 95% confidence, for pictures like the support images (methods.automation). Of several labels a
-        picture those stay that are sure enough. With a tree a label is
-        the deepest node that is sure enough, a class or the name of a node above it: wrong is one above another class.
-        Refused where there are too few support images for that promise: 0.01 takes 299 that can be left out, 0.05 takes
-        59. Of pictures of no class it says nothing: `unknown` does.
+        `max_error` gives None for pictures at which somebody has to look: of the labels that stay at most this share
+        is wrong, with 95% confidence, for pictures like the support images (methods.automation). Of several labels a
+        picture those stay that are sure enough. With a tree a label is the deepest node that is sure enough, a class
+        or the name of a node above it: wrong is one above another class. Refused where there are too few support
+        images for that promise: 0.01 takes 299 that can be left out, 0.05 takes 59. Of pictures of no class it says
+        nothing: `unknown` does.
         """
         abstention = Abstention.of(unknown, unknown_label, keep, max_error)
         fitted = self._fitted()

@@ -114,11 +114,9 @@ def _columns_of(
         return np.array(labels, str), np.array(shares, np.float32), accepted
     sets, probabilities, passes = (np.empty(len(answers), object) for _ in range(3))
     probabilities[:] = [dict(one.pairs) for one in answers]
-    sets[:] = [frozenset(one) for one in probabilities]
     if not promised:
+        sets[:] = [frozenset(one) for one in probabilities]
         return sets, probabilities, None
-    for row, one in enumerate(answers):
-        assert isinstance(one.accepted, tuple)
-        passes[row] = dict(zip(probabilities[row], one.accepted, strict=True))
-        sets[row] = frozenset(name for name, accepted in passes[row].items() if accepted)
+    sets[:] = [frozenset(one.accepted_labels) for one in answers]
+    passes[:] = [{label: label in own for label in one} for one, own in zip(probabilities, sets, strict=True)]
     return sets, probabilities, passes

@@ -79,9 +79,8 @@ def compare_with_support(
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The images of calibrate_on that count: `embeddings` (L, D), `labels` positions of classes
-    (L,), or an indicator (L, C) where images may have several; `units` (L,) as of folds.Folds. `beside` tells of all
-    that were given."""
+    """The images of calibrate_on that count: `embeddings` (L, D), `labels` positions of classes (L,), or an indicator
+    (L, C) where images may have several, `units` (L,) as of folds.Folds. `beside` tells of all that were given."""
 
     embeddings: Embeddings
     labels: np.ndarray

@@ -16,8 +16,6 @@ from iosr_fast.methods.support_set import SupportSet
 _LOG_FACTORS = np.linspace(-np.log(16.0), np.log(16.0), 17)
 _MOST = 0.5
 _RIGHT = 8  # further labels, all right: the prior Beta(1, 9) of the share, which decides if the logits say nothing
-
-
 _PAIRS = 1 << 20  # of image and class that several labels are fitted to; of more, those of every n-th image
 _START, _LOG_STARTS = 0.05, (0.0, 1.0, 2.0)  # of both shares, and logs of the factor: likelihood may have two maxima
 

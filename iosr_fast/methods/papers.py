@@ -173,7 +173,7 @@ def stack_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[s
 
 
 def _label_set_models(support: SupportSet, parameters: Mapping[str, float]) -> dict[str, Model]:
-    """Of images with any number of labels, in which each class is told from its absence."""
+    """Of images that may have several labels: each model compares the images of a class with all others."""
     models: dict[str, Model] = {} if support.text is None else {"text": TextModel(support)}
     for which, name in DISCRIMINANTS.items():
         if which == "plain" or support.embeddings.adapted is not None:

@@ -38,7 +38,7 @@ def test_a_token_that_is_nearly_right_is_wrong(guarded: Client, token: str) -> N
         token.upper(),
         ALICE + BOB,
     ):
-        for method, path in (("POST", "/v1/retune"), ("POST", "/v1/predict"), ("DELETE", "/v1/classes/~0")):
+        for method, path in (("POST", "/v1/predict"), ("PATCH", "/v1/examples/e0"), ("DELETE", "/v1/classes/~0")):
             refused = guarded.ask(method, path, **bearer(wrong))
             assert (error_of(refused, 401), refused.headers["WWW-Authenticate"]) == ("unauthorized", "Bearer"), wrong
     assert guarded.service.classifier.version == 1
@@ -51,7 +51,7 @@ def test_a_token_that_may_only_predict_changes_nothing_and_predictions_need_one(
     for token in (SHOP, ALICE):
         assert guarded.ask("POST", "/v1/predict", content=GREY, **bearer(token)).status_code == 200
     assert guarded.get("/v1/classes").status_code == 200  # reading needs none
-    for method, path in (("POST", "/v1/classes"), ("PATCH", "/v1/classes/~0"), ("DELETE", "/v1/examples/e0")):
+    for method, path in (("POST", "/v1/classes"), ("POST", "/v1/examples"), ("PATCH", "/v1/examples/e0")):
         assert error_of(guarded.ask(method, path, **RENAME, **bearer(SHOP)), 403) == "predict_only"
     assert guarded.service.classifier.version == 1
     caplog.clear()
