@@ -315,6 +315,10 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatc
         )
         with pytest.raises(ArithmeticError, match=r"output probabilities of pictures of 38 x 109 .* nothing was"):
             classifier.export(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(one_file, "Answers", lambda *answers: Answers(*answers[:-1], np.full(5, 0.01, np.float32)))
+        with pytest.raises(ArithmeticError, match="expected the output labels of pictures"):
+            Classifier.load(several_bundle()).export(tmp_path / "several.onnx")
     monkeypatch.setattr("os.replace", never)
     with pytest.raises(AssertionError, match="work has begun"):
         classifier.export(file)
