@@ -19,7 +19,7 @@ import math
 import os
 import socket
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,34 +75,29 @@ class Replica:
     for a folder of another digest than `settings.expected_digest`."""
 
     def __init__(self, bundle: str, settings: Settings) -> None:
-        from iosr_fast.serving.http.app import create_app, make_batching, warm
-        from iosr_fast.serving.http.metrics import Metrics
-        from iosr_fast.serving.http.opening import open_served
-        from iosr_fast.serving.http.service import Service
+        from iosr_fast.serving.http.app import create_app, warm
+        from iosr_fast.serving.http.open_site import open_site
 
         given = require("ray", "ray").get_runtime_context().get_assigned_resources()
         cores = math.ceil(given.get("CPU", 0)) or 1
         decoders = settings.decode_threads or max(2, cores)  # a client leaves one to others
-        settings, metrics = replace(settings, decode_threads=decoders), Metrics()
-        self._grace_s = settings.grace_s
-        self._batching = make_batching(open_served(bundle, settings, cores), settings, observer=metrics)
-        self._service = Service(self._batching, settings, metrics)
-        self._app = create_app(self._service)
-        warm(self._app, self._service)
+        self._closing = ExitStack()
+        opened = open_site({"": Path(bundle)}, replace(settings, decode_threads=decoders), cores)
+        self._site = self._closing.enter_context(opened)
+        self._app = create_app(self._site)
+        warm(self._app, self._site)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica on which this raises several times."""
-        if not self._batching.healthy:
-            raise RuntimeError(f"the engine failed: {self._batching.last_error}")
+        if failure := self._site.served[""].failure:
+            raise RuntimeError(f"the engine failed: {failure}")
 
     def __del__(self) -> None:
         """Ray Serve calls this after the last request, or after its timeout for that."""
-        if hasattr(self, "_app"):
-            self._service.close()
-            self._batching.close(self._grace_s)
+        self._closing.close()
 
 
 def build_app(bundle: str | Path, settings: Settings | None = None, **options: Any) -> Any:
@@ -113,7 +108,8 @@ def build_app(bundle: str | Path, settings: Settings | None = None, **options: A
     serve = require("ray.serve", "ray")
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
-    from iosr_fast.serving.http.opening import open_served
+    from iosr_fast.serving.http.open_site import open_classifiers
+    from iosr_fast.serving.http.site import Site
 
     settings = settings or Settings()
     if settings.token is not None or settings.log is not None or settings.collect is not None:
@@ -122,7 +118,7 @@ def build_app(bundle: str | Path, settings: Settings | None = None, **options: A
             "them on one classifier, save it and deploy it, and collect by `iosr-fast serve`"
         )
     settings = replace(settings, expected_digest=settings.expected_digest or digest_of(bundle))
-    open_served(bundle, settings)  # what no replica can serve is refused before one starts
+    open_classifiers(Site(settings, {"": Path(bundle)}))  # what no replica can serve is refused before one starts
     deployment = serve.deployment(
         name="Classifier",
         max_ongoing_requests=2 * settings.max_queue,  # a replica itself refuses more than `max_queue` images

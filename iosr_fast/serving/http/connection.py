@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, bad_request, check_head, find_head, last_answer
-from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.turns import Peers
 
@@ -41,7 +41,7 @@ class Connection(HttpToolsProtocol):
     """
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, peers: Peers, *args: Any, surplus: bool, **options: Any
+        self, settings: Settings, metrics: ClassifierMetrics, peers: Peers, *args: Any, surplus: bool, **options: Any
     ) -> None:
         super().__init__(*args, **options)
         self._settings, self._metrics, self._peers, self._surplus = settings, metrics, peers, surplus

@@ -98,6 +98,8 @@ HANDLERS: dict[Any, Any] = {HTTPException: _refuse, RequestValidationError: _ref
 
 def _describe(error: Mapping[str, Any]) -> str:
     """`query.top: Input should be greater than or equal to 1, got '0'`, with the input cut to 60 characters."""
-    value = error.get("input")
+    value, message = error.get("input"), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = "expected no such parameter; /openapi.json lists those that there are"
     got = f", got {value!r:.60}" if isinstance(value, str | int | float) else ""
-    return f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}{got}"
+    return f"{'.'.join(str(part) for part in error['loc'])}: {message}{got}"

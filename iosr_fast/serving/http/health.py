@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.service import Served, Service
+from iosr_fast.serving.http.site import ServedClassifier, Site
 
 AFTER_S = 30.0  # without a classified image, /healthz classifies one
 WITHIN_S = 2.0  # expects an answer
@@ -26,18 +26,18 @@ class Probe:
     """Classifies a grey PNG, or a row of ones, if no image was classified for a while; one at a time, and any answer
     counts for all."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, served: ServedClassifier) -> None:
+        self._served = served
         self._lock = asyncio.Lock()
 
     async def failure(self) -> str:
         """Why the engine is unhealthy; "" if it works."""
-        batching = self._service.batching
+        batching = self._served.batching
         if not batching.healthy:
             return f"the engine failed: {batching.last_error}"
         async with self._lock:
-            idle_s = time.monotonic() - self._service.metrics.last_answer
-            if idle_s < AFTER_S or self._service.server.loading or batching.closed:
+            idle_s = time.monotonic() - self._served.engine_metrics.last_answer
+            if idle_s < AFTER_S or self._served.site.loading or batching.closed:
                 return ""
             names = tuple(batching.classifiers)
             # A server too busy for the probe is healthy as long as it classifies images.
@@ -45,7 +45,7 @@ class Probe:
             try:
                 async with asyncio.timeout(WITHIN_S):
                     asked: dict[str, Any] = {"top": 1, "deadline_s": WITHIN_S, "probe": True, "classifier": names}
-                    answers = await batching.classify(self._service.uploads.probe, **asked)
+                    answers = await batching.classify(self._served.uploads.probe, **asked)
                 if all(isinstance(answer, Exception) for answer in answers):
                     raise answers[0]
             except QueueFullError:
@@ -59,12 +59,12 @@ class Probe:
             return ""
 
 
-def make_router(served: Served) -> APIRouter:
+def make_router(site: Site) -> APIRouter:
     """/healthz, /readyz and /metrics."""
     router = APIRouter(tags=["operations"])
-    probes = [Probe(service) for service in served.engines]
+    probes = [Probe(served) for served in site.engines]
     rendering, rendered = asyncio.Lock(), SimpleNamespace(text=b"", at=-math.inf)
-    services = [*served.services.values()]
+    every = [*site.served.values()]
 
     @router.get(
         "/healthz",
@@ -83,11 +83,11 @@ def make_router(served: Served) -> APIRouter:
         summary="Is the server ready for requests?",
     )
     async def readyz() -> Response:
-        if served.draining or all(service.batching.closed for service in services):
+        if site.draining or all(served.batching.closed for served in every):
             return _state("shutting down")
-        if served.loading or all(service.failure for service in services):
-            return _state("loading" if served.loading else "failed")
-        return _state("ok", served.note or max(service.batching.decoders_warning for service in services))
+        if site.loading or all(served.failure for served in every):
+            return _state("loading" if site.loading else "failed")
+        return _state("ok", site.note)
 
     @router.get(
         "/metrics",
@@ -103,11 +103,10 @@ def make_router(served: Served) -> APIRouter:
         return Response(rendered.text, headers={"Content-Type": CONTENT_TYPE})
 
     def render() -> bytes:
-        for service in services:
-            if service.collector is not None:
-                service.collector.read_labels(service.head)  # for the next scrape
-        several = {service.name: service.metrics for service in services if service.name}
-        return served.metrics.text(several, [service.name for service in served.engines])
+        for served in every:
+            if served.collector is not None:
+                served.collector.read_labels(served.head)  # for the next scrape
+        return site.metrics.text()
 
     return router
 

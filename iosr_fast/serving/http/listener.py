@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.turns import Peers
 
 BACKLOG = 1024  # connections that wait in the kernel: where it is full, clients try again after a second
@@ -25,7 +25,9 @@ class Listener:
     connections of that client are busy, and the newest one is its own, this one is `surplus`.
     """
 
-    def __init__(self, listening: socket.socket, make: Any, peers: Peers, limit: int, metrics: Metrics) -> None:
+    def __init__(
+        self, listening: socket.socket, make: Any, peers: Peers, limit: int, metrics: ClassifierMetrics
+    ) -> None:
         self._listening, self._make, self._peers = listening, make, peers
         self._limit, self._metrics = limit, metrics
         self._loop = asyncio.get_running_loop()

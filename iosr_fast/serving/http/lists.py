@@ -19,7 +19,8 @@ from iosr_fast.head.ids import class_id as make_class_id
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.middleware import Served
+from iosr_fast.serving.http.site import ServedClassifier
 
 PAGE = 1_000
 _NEXT = "`next` of the previous page; omit it for the first page"
@@ -27,100 +28,101 @@ _LIMIT = Query(PAGE, ge=1, le=PAGE, description="maximum number of entries")
 CLASS_ID_PATH = Path(max_length=40, description="id of a class, from /v1/classes")
 EXAMPLE_ID_PATH = Path(max_length=40, description="id of a support image, from /v1/classes/{class_id}/examples")
 # Without a default in OpenAPI, which generated clients would send: /v1/predict refuses it without unknown=reject.
-_SHARE = f"with unknown=reject: the share of known pictures that stay [default: {KEEP}]"
+KEEP_SHARE = f"with unknown=reject: the share of known pictures that stay [default: {KEEP}]"
 _NO_UNKNOWN = "pictures may have several labels: one of none of the classes gets none, and nothing is rejected"
-KEEP_QUERY = Query(None, gt=0, lt=1, description=_SHARE)
+KEEP_QUERY = Query(None, gt=0, lt=1, description=KEEP_SHARE)
+router = APIRouter(tags=["classes"])  # GET routes about a classifier, its classes and their support images
 
 
-def make_router(service: Service) -> APIRouter:
-    """GET routes about the classifier, its classes and their support images."""
-    router = APIRouter(tags=["classes"])
+@router.get(
+    "/classifier",
+    response_model_exclude_unset=True,  # several_labels
+    summary="Model, method and measured accuracy",
+)
+async def classifier(served: Served, response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
+    if not served.head.is_multi_label:
+        await served.serve_unknown()
+    response.headers["Cache-Control"] = "no-store"
+    return await asyncio.to_thread(_overview, served, keep or KEEP)
 
-    @router.get(
-        "/v1/classifier",
-        response_model_exclude_unset=True,  # several_labels
-        summary="Model, method and measured accuracy",
-    )
-    async def classifier(response: Response, keep: float | None = KEEP_QUERY) -> schemas.ClassifierAnswer:
-        if not service.head.is_multi_label:
-            await service.serve_unknown()
-        response.headers["Cache-Control"] = "no-store"
-        return await asyncio.to_thread(_overview, service, keep or KEEP)
 
-    @router.get("/v1/classes", response_model=schemas.ClassesAnswer, summary="Classes, page by page")
-    def classes(
-        limit: int = _LIMIT, after: str | None = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
-    ) -> Response:
-        """Ids above `after`, which need not exist."""
-        head = service.classifier.snapshot()
-        start = -1 if after is None else uid_of(after)
-        assert start is not None
-        page = head.classes(start, limit)
-        more = page and page[-1].class_id != make_class_id(head.uids[-1])
-        following = page[-1].class_id if more else None
-        return schemas.long_answer(schemas.ClassesAnswer(head.version, len(head.uids), page, following))
+@router.get("/classes", response_model=schemas.ClassesAnswer, summary="Classes, page by page")
+def classes(
+    served: Served, limit: int = _LIMIT, after: str | None = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
+) -> Response:
+    """Ids above `after`, which need not exist."""
+    head = served.head
+    start = -1 if after is None else uid_of(after)
+    assert start is not None
+    page = head.classes(start, limit)
+    more = page and page[-1].class_id != make_class_id(head.uids[-1])
+    following = page[-1].class_id if more else None
+    return schemas.long_answer(schemas.ClassesAnswer(head.version, len(head.uids), page, following))
 
-    @router.get(
-        "/v1/classes/{class_id}/examples",
-        response_model=schemas.ExamplesAnswer,
-        summary="Support images of a class, page by page",
-    )
-    def examples(
-        class_id: str = CLASS_ID_PATH,
-        limit: int = _LIMIT,
-        after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
-    ) -> Response:
-        head = service.classifier.snapshot()
-        numbers = head.examples_of(_uid(head, class_id))
-        start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
-        page = [example_id(number) for number in numbers[start : start + limit]]
-        following = page[-1] if start + limit < len(numbers) else None
-        return schemas.long_answer(schemas.ExamplesAnswer(head.version, class_id, page, following))
 
-    @router.get(
-        "/v1/examples",
-        response_model=schemas.LabelledExamplesAnswer,
-        name="labelled_examples",
-        summary="Support images with their classes, page by page",
-    )
-    def labelled_examples(
-        limit: int = _LIMIT,
-        after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
-        class_id: str | None = Query(None, max_length=40, description="those of a class; empty: those of no class"),
-    ) -> Response:
-        head = service.classifier.snapshot()
-        examples = head.examples
-        rows = np.arange(len(examples))
-        if class_id:
-            rows = examples.rows_of(_uid(head, class_id))
-        elif class_id is not None:
-            rows = np.setdiff1d(rows, rows if examples.owners is None else examples.owners)
-        rows = rows[np.argsort(examples.ids[rows])]
-        numbers = examples.ids[rows].tolist()
-        start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
-        page = [
-            schemas.ExampleInfo(example_id(number), [*map(make_class_id, examples.uids_of(row))])
-            for number, row in zip(numbers[start : start + limit], rows[start : start + limit].tolist(), strict=True)
-        ]
-        following = page[-1].example_id if start + limit < len(numbers) else None
-        return schemas.long_answer(schemas.LabelledExamplesAnswer(head.version, len(numbers), page, following))
+@router.get(
+    "/classes/{class_id}/examples",
+    response_model=schemas.ExamplesAnswer,
+    summary="Support images of a class, page by page",
+)
+def examples(
+    served: Served,
+    class_id: str = CLASS_ID_PATH,
+    limit: int = _LIMIT,
+    after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
+) -> Response:
+    head = served.head
+    numbers = head.examples_of(_uid(head, class_id))
+    start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
+    page = [example_id(number) for number in numbers[start : start + limit]]
+    following = page[-1] if start + limit < len(numbers) else None
+    return schemas.long_answer(schemas.ExamplesAnswer(head.version, class_id, page, following))
 
-    @router.get(
-        "/v1/examples/{example_id}/picture",
-        response_class=Response,
-        responses={200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}}},
-        summary="Thumbnail of a support image",
-    )
-    def picture(example_id: str = EXAMPLE_ID_PATH) -> Response:
-        try:
-            thumbnail = service.classifier.picture(example_id)
-        except ValueError:
-            raise no_example(example_id) from None
-        if not thumbnail:
-            raise ApiError(404, "no_picture", f"no picture of {example_id!r} is stored")
-        return Response(thumbnail, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
-    return router
+@router.get(
+    "/examples",
+    response_model=schemas.LabelledExamplesAnswer,
+    name="labelled_examples",
+    summary="Support images with their classes, page by page",
+)
+def labelled_examples(
+    served: Served,
+    limit: int = _LIMIT,
+    after: str | None = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT),
+    class_id: str | None = Query(None, max_length=40, description="those of a class; empty: those of no class"),
+) -> Response:
+    head = served.head
+    examples = head.examples
+    rows = np.arange(len(examples))
+    if class_id:
+        rows = examples.rows_of(_uid(head, class_id))
+    elif class_id is not None:
+        rows = np.setdiff1d(rows, rows if examples.owners is None else examples.owners)
+    rows = rows[np.argsort(examples.ids[rows])]
+    numbers = examples.ids[rows].tolist()
+    start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
+    page = [
+        schemas.ExampleInfo(example_id(number), [*map(make_class_id, examples.uids_of(row))])
+        for number, row in zip(numbers[start : start + limit], rows[start : start + limit].tolist(), strict=True)
+    ]
+    following = page[-1].example_id if start + limit < len(numbers) else None
+    return schemas.long_answer(schemas.LabelledExamplesAnswer(head.version, len(numbers), page, following))
+
+
+@router.get(
+    "/examples/{example_id}/picture",
+    response_class=Response,
+    responses={200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}}},
+    summary="Thumbnail of a support image",
+)
+def picture(served: Served, example_id: str = EXAMPLE_ID_PATH) -> Response:
+    try:
+        thumbnail = served.classifier.picture(example_id)
+    except ValueError:
+        raise no_example(example_id) from None
+    if not thumbnail:
+        raise ApiError(404, "no_picture", f"no picture of {example_id!r} is stored")
+    return Response(thumbnail, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 
 def _uid(head: Head, class_id: str) -> int:
@@ -130,8 +132,8 @@ def _uid(head: Head, class_id: str) -> int:
     return uid
 
 
-def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
-    head, source = service.head, service.classifier.encoder.source
+def _overview(served: ServedClassifier, keep: float) -> schemas.ClassifierAnswer:
+    head, source = served.head, served.classifier.encoder.source
     several: Any = {"several_labels": True} if head.is_multi_label else {}
     promise = schemas.Promise(promised=False, keep=keep, sentence=_NO_UNKNOWN)
     if not several:
@@ -146,10 +148,10 @@ def _overview(service: Service, keep: float) -> schemas.ClassifierAnswer:
         measured=_measured(head),
         doubts=list(head.doubts),
         unknown=promise,
-        max_error=service.settings.max_error,
-        collects=service.settings.collect is not None,
-        checked=_checked(service, head),
-        note=service.recent.strangers.note,
+        max_error=served.settings.max_error,
+        collects=served.settings.collect is not None,
+        checked=_checked(served, head),
+        note=served.recent.strangers.note,
         **several,
     )
 
@@ -178,9 +180,9 @@ def _measured(head: Head) -> schemas.Measured | None:
     )
 
 
-def _checked(service: Service, head: Head) -> schemas.Checked | None:
-    if service.collector is None or service.collector.checks is None:
+def _checked(served: ServedClassifier, head: Head) -> schemas.Checked | None:
+    if served.collector is None or served.collector.checks is None:
         return None
-    service.collector.read_labels(head)  # for the next answer
-    result, beside = service.collector.checks.result, service.collector.checks.beside
+    served.collector.read_labels(head)  # for the next answer
+    result, beside = served.collector.checks.result, served.collector.checks.beside
     return schemas.Checked(**vars(result), refuted=result.refuted, beside=beside, sentence=str(result))

@@ -7,14 +7,16 @@ import logging
 import re
 import time
 import uuid
+from typing import Annotated
 
-from starlette.requests import ClientDisconnect
+from fastapi import Depends
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_response, internal_error, is_routed
 from iosr_fast.serving.http.logs import CLASSIFIER, TOKEN_NAME, log, logger
-from iosr_fast.serving.http.service import Served
+from iosr_fast.serving.http.site import ServedClassifier, Site
 from iosr_fast.serving.http.tokens import Token, find_token
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -22,21 +24,21 @@ _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled every few seco
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DISCONNECTED = 499  # as in nginx: the client closed the connection before the answer
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
-_PREDICT = ("POST", "/v1/predict")
-# Keys of a scope.
-WHOLE_PATH, REFUSAL, BODY = "iosr_fast.path", "iosr_fast.refusal", "iosr_fast.body"
+_NAMED = re.compile(r"/v1/classifiers/([^/]*)/.*", re.DOTALL)
+_ASKS = re.compile(r"/v1/(classifiers/[^/]*/)?predict")  # by POST, and changes nothing
+SERVED, BODY = "iosr_fast.served", "iosr_fast.body"  # keys of a scope
 _MAX_OTHER = 64 << 10  # bytes of a body without images, such as a name with descriptions; only POST takes images
 
 
 class RequestMiddleware:
     """Requires the token of every request that reaches a route which may change something, before its body is read.
 
-    An unexpected exception is logged with its traceback and answered with 500. A server of several classifiers hands
-    over requests with their whole path and, of one that it refuses, the error (app.SeveralApp).
+    It finds the classifier that a path names; a path without a name is that of the only one. An unexpected exception
+    is logged with its traceback and answered with 500.
     """
 
-    def __init__(self, app: ASGIApp, service: Served) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, site: Site) -> None:
+        self._app, self._site = app, site
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,10 +49,13 @@ class RequestMiddleware:
         request_id = headers.get(b"x-request-id", b"")
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex.encode()
-        token = find_token(self._service.settings.tokens, scope["headers"])
+        served, refusal = self._find(scope["path"])
+        metrics = self._site.server_metrics if served is None else served.metrics
+        token = find_token(self._site.settings.tokens, scope["headers"])
         TOKEN_NAME.set(token.name if token else "")
-        CLASSIFIER.set(self._service.name)
-        scope[BODY] = body = BoundedBody(scope, receive, self._service, headers.get(b"content-length", b""))
+        CLASSIFIER.set("" if served is None else served.name)
+        body = BoundedBody(scope, receive, self._site, served, headers.get(b"content-length", b""))
+        scope[SERVED], scope[BODY] = served, body
         # HEAD is answered as GET is; the connection leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
@@ -58,14 +63,14 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                closing = [(b"connection", b"close")] if self._service.server.draining else []
+                closing = [(b"connection", b"close")] if self._site.draining else []
                 message["headers"] = [*message["headers"], *_HEADERS, (b"x-request-id", request_id), *closing]
             await send(message)
 
         try:
-            if isinstance(refusal := scope.get(REFUSAL), ApiError):
+            if refusal is not None:
                 raise refusal
-            check_token(self._service, scope, token)
+            check_token(self._site, served, scope, token)
             await self._app(inner, body.receive, answer)
         except ClientDisconnect:
             pass
@@ -76,15 +81,15 @@ class RequestMiddleware:
             if not status:
                 await error_response(inner, error)(inner, receive, answer)
         finally:
-            self._service.server.bodies.add(body.client, -body.size)
+            self._site.bodies.add(body.client, -body.size)
             seconds, status = time.perf_counter() - start, status or _DISCONNECTED
-            route, code = getattr(inner.get("route"), "path", "other"), inner.get("iosr_fast.code")
-            self._service.metrics.on_request(route, scope["method"], status, seconds, code)
+            route, code = _template(inner), inner.get("iosr_fast.code")
+            metrics.on_request(route, scope["method"], status, seconds, code)
             log(
                 "request",
                 level=logging.DEBUG if route in _QUIET and status == 200 else logging.INFO,
                 method=scope["method"][:20],
-                path=scope.get(WHOLE_PATH, scope["path"])[:200],
+                path=scope["path"][:200],
                 status=status,
                 ms=round(seconds * 1e3, 2),
                 images=inner.get("iosr_fast.images", 0),
@@ -94,20 +99,50 @@ class RequestMiddleware:
                 **({} if code is None else {"code": code}),
             )
 
+    def _find(self, path: str) -> tuple[ServedClassifier | None, ApiError | None]:
+        """The classifier whose request it is, None of several without a name in the path; or the answer instead."""
+        named = _NAMED.fullmatch(path)
+        try:
+            return (self._site.find(named[1] if named else "") if named or self._site.alone else None), None
+        except ApiError as error:
+            return None, error
 
-def check_token(service: Served, scope: Scope, token: Token | None) -> None:
+
+def _template(scope: Scope) -> str:
+    """The path of a request's route with the names of its parameters, the same for one classifier and of several;
+    "other" without a route. FastAPI gives it with or without the prefix of its router."""
+    path = str(getattr(scope.get("route"), "path", "other"))
+    if path == "other" or not scope["path"].startswith("/v1/"):
+        return path
+    return "/v1" + path.removeprefix("/v1").removeprefix("/classifiers/{classifier}")
+
+
+def served_of(request: Request) -> ServedClassifier:
+    """The classifier whose request it is, for a dependency of a route. Raises ApiError where it names none."""
+    served: ServedClassifier | None = request.scope[SERVED]
+    if served is None:
+        expected = "expected /v1/classifiers/NAME/..., as this server has several"
+        raise ApiError(404, "no_classifier", f"{expected}; /v1/classifiers lists all classifiers")
+    return served
+
+
+Served = Annotated[ServedClassifier, Depends(served_of)]  # of a route
+
+
+def check_token(site: Site, served: ServedClassifier | None, scope: Scope, token: Token | None) -> None:
     """Raise ApiError for a request that needs another token: 401 without a right one, 403 where it may only predict, or
     where the server takes no changes.
 
     What reaches a route by a method that is not _SAFE is a change, which needs a token, or a prediction, which does as
     soon as the server has a token that may only predict.
     """
-    tokens, changes = service.settings.tokens, (scope["method"], scope["path"]) != _PREDICT
+    tokens = site.settings.tokens
+    changes = scope["method"] != "POST" or not _ASKS.fullmatch(scope["path"])
     if scope["method"] in _SAFE or not (changes or any(not one.may_change for one in tokens)):
         return
     if changes and not is_routed(scope, scope["method"]):
         return  # to 404 or 405
-    if changes and not service.takes_changes:
+    if changes and served is not None and not served.takes_changes:
         raise ApiError(403, "changes_disabled", "a head takes no changes: fit and save another one, and serve that")
     if changes and not any(one.may_change for one in tokens):
         raise ApiError(
@@ -130,9 +165,11 @@ class BoundedBody:
     It bounds every reader, the framework included, and counts received bytes, whatever Content-Length says.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, service: Served, content_length: bytes) -> None:
-        self._receive, self._shares, self._timeout_s = receive, service.server.bodies, service.settings.body_timeout_s
-        most = service.max_body
+    def __init__(
+        self, scope: Scope, receive: Receive, site: Site, served: ServedClassifier | None, content_length: bytes
+    ) -> None:
+        self._receive, self._shares, self._timeout_s = receive, site.bodies, site.settings.body_timeout_s
+        most = site.settings.max_body_bytes if served is None else served.uploads.max_body
         self._limit = most if scope["method"] == "POST" else min(most, _MAX_OTHER)
         self._announced = int(content_length or b"0")  # framing.check_head has checked it
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s

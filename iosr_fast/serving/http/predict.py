@@ -1,15 +1,15 @@
-"""POST /v1/predict: images in, predictions out."""
+"""POST /predict of a classifier, or of several that a request names: images in, predictions out."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: models of queries depend on the server's settings, in a function.
 
 import asyncio
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -17,20 +17,18 @@ from iosr_fast.exceptions import BadImageError, DeadlineExceededError, IosrFastE
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
+from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, internal_error, of_library
-from iosr_fast.serving.http.lists import KEEP_QUERY
+from iosr_fast.serving.http.lists import KEEP_SHARE
 from iosr_fast.serving.http.logs import CLASSIFIER, logger
-from iosr_fast.serving.http.middleware import BODY
-from iosr_fast.serving.http.service import Front, Served, Service
+from iosr_fast.serving.http.metrics import ClassifierMetrics
+from iosr_fast.serving.http.middleware import BODY, Served
+from iosr_fast.serving.http.site import ServedClassifier, Site
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
 
-if TYPE_CHECKING:
-    from iosr_fast.serving.batching import BatchingClassifier
-
-_QUERY = ("top", "nearest", "unknown", "keep", "max_error", "deadline_ms", "boxes")
 _IMAGES = (
     "Send one image as the body, or several as the file fields `images` of a form. Formats are JPEG, PNG and WebP, "
     "recognised by the first bytes; only the first frame of an animation is used. EXIF orientation is applied if it "
@@ -47,100 +45,180 @@ _ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
-def make_router(served: Served) -> APIRouter:
-    """The route /v1/predict, of a classifier, or of several, which a request names."""
-    settings, several = served.settings, not isinstance(served, Service)
-    model: Any = schemas.PredictAnswers if several else schemas.PredictAnswer
-    names: Any = Query(... if several else [], description=_NAMES, include_in_schema=several)
-    router = APIRouter(tags=["predict"])
+class PredictQuery(BaseModel):
+    """The query of a prediction; `deadline_ms` is bounded by the settings of a server."""
 
-    @router.post(
-        "/v1/predict",
-        response_model=model,
-        responses={422: {"model": model | schemas.ErrorAnswer, "description": _ALL_BAD}},
-        openapi_extra=served.uploads.body or schemas.image_body(settings.max_images),
-        name="predict_by_several" if several else "predict",
-        summary="Classify images",
-        description=(
-            f"{served.uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
-            "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
-            "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
-            "(no_promise) where there are too few support images for `keep` or `max_error`. A classifier that was "
-            "fitted with several labels a picture answers with all of them as `top`, the most likely first, or none; "
-            "`label` is the first of them, `accepted` a list with an entry for each, and unknown=reject is refused "
-            "(no_promise)."
-            + (" This server keeps whole uploads that need a look, for labelling." if settings.collect else "")
-        ),
+    model_config = ConfigDict(extra="forbid")  # with a misspelt `unknown` images of no class would keep a label
+
+    top: int = Field(
+        5, ge=1, le=100, description="classes to return, best first; all labels of an image where it may have several"
     )
-    async def predict(
-        request: Request,
-        classifier: list[str] = names,
-        top: int = Query(
-            5,
-            ge=1,
-            le=100,
-            description="classes to return, best first; all labels of an image where it may have several",
-        ),
-        nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
-        unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
-        keep: float | None = KEEP_QUERY,
-        max_error: float | None = Query(
-            None, gt=0, lt=1, description="share of wrong labels that accepted ones may have [default: the server's]"
-        ),
-        deadline_ms: int = Query(
-            settings.deadline_ms,
-            ge=1,
-            le=settings.max_deadline_ms,
-            description="time allowed for the answer, from the request's last byte",
-        ),
-        boxes: str | None = Query(None, description=_BOXES, include_in_schema=served.takes_changes),
-    ) -> Response:
-        _check_query(request, several)
-        asked: dict[str, Any] = {"top": top, "nearest": nearest, "max_error": max_error}
-        asked |= {"client": client_of(request.client), "deadline_s": deadline_ms / 1e3}
-        asked["keep"] = None if unknown is None else keep or KEEP
-        try:
-            if isinstance(served, Front):
-                return schemas.long_answer(*await _ask_several(served, classifier, request, boxes, asked))
-            assert isinstance(served, Service)
-            served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
-            images = await served.uploads.read_images(request, boxes)
-            results = await _classify(served, request, images, {"classifier": served.name, **asked})
-        except IosrFastError as error:
-            raise _request_error(served, error) from None
-        return schemas.long_answer(*_answer(served, request, images, results))
+    nearest: int = Field(0, ge=0, le=100, description="nearest support images to return")
+    unknown: Literal["reject"] | None = Field(None, description="reject images of none of the classes")
+    keep: float | None = Field(None, gt=0, lt=1, description=KEEP_SHARE)
+    max_error: float | None = Field(
+        None, gt=0, lt=1, description="share of wrong labels that accepted ones may have [default: the server's]"
+    )
+    deadline_ms: int = 0
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> Self:
+        if self.keep is not None and self.unknown is None:
+            raise ValueError("expected keep only with unknown=reject")
+        return self
+
+    @property
+    def abstention(self) -> Abstention:
+        return Abstention(None if self.unknown is None else self.keep or KEEP, max_error=self.max_error)
+
+    @classmethod
+    def bounded(cls, site: Site, **fields: Any) -> Any:
+        """This model with more `fields`: the deadline of a site, and where it takes images, boxes."""
+        text, most = "time allowed for the answer, from the request's last byte", site.settings.max_deadline_ms
+        deadline = Field(site.settings.deadline_ms, ge=1, le=most, description=text)
+        more: Any = {"boxes": (str | None, Field(None, description=_BOXES))} if site.described.takes_changes else {}
+        return create_model(cls.__name__, __base__=cls, deadline_ms=(int, deadline), **more, **fields)
+
+
+def make_router(site: Site) -> APIRouter:
+    """The route /predict of a classifier."""
+    router, model = APIRouter(tags=["predict"]), PredictQuery.bounded(site)
+
+    @router.post("/predict", name="predict", **_described(site, schemas.PredictAnswer))
+    async def predict(served: Served, request: Request, query: Annotated[model, Query()]) -> Response:  # type: ignore[valid-type]
+        _check_once(request)
+        (answer,) = (await _ask([served], request, query)).values()
+        if isinstance(answer, Exception):
+            raise answer
+        return schemas.long_answer(*answer)
 
     return router
 
 
-def _check_query(request: Request, several: bool) -> None:
-    """Refuse a misspelt, repeated or useless parameter: images of no class would keep a label without a word."""
-    counts = Counter(name for name, _ in request.query_params.multi_items())
-    if several:
-        del counts["classifier"]
-    if wrong := [name for name, count in counts.items() if count > 1 or name not in _QUERY]:
-        message = f"expected the query parameters {', '.join(_QUERY)}, each at most once, got {abbreviate(wrong)}"
-        raise ApiError(422, "invalid_parameters", message)
-    if "keep" in counts and "unknown" not in counts:
-        raise ApiError(422, "invalid_parameters", "expected the query parameter keep only with unknown=reject")
+def make_router_of_several(site: Site) -> APIRouter:
+    """The route /v1/predict, of classifiers that a request names."""
+    names = (list[str], Field(description=_NAMES, min_length=1))
+    router, model = APIRouter(tags=["predict"]), PredictQuery.bounded(site, classifier=names)
+
+    @router.post("/v1/predict", name="predict_by_several", **_described(site, schemas.PredictAnswers))
+    async def predict(request: Request, query: Annotated[model, Query()]) -> Response:  # type: ignore[valid-type]
+        _check_once(request, "classifier")
+        return schemas.long_answer(*await _ask_several(site, request, query))
+
+    return router
 
 
-async def _classify(service: Service, request: Request, images: Images, asked: dict[str, Any]) -> Sequence[Any]:
-    """What BatchingClassifier gives for each image that is no error. A client that disconnects gives up its places in
-    the queue."""
-    request.scope["iosr_fast.images"] = len(images)
-    if asked["keep"] is not None:
-        await service.serve_unknown()
-    good = [image for image in images if not isinstance(image, ApiError)]
-    if not good:
-        return []
-    asked["deadline_s"] -= _since_body(request)
-    if asked["deadline_s"] <= 0:
+def _described(site: Site, model: Any) -> dict[str, Any]:
+    """What OpenAPI says of a route with this answer."""
+    uploads = site.described.uploads
+    return {
+        "response_model": model,
+        "responses": {422: {"model": model | schemas.ErrorAnswer, "description": _ALL_BAD}},
+        "openapi_extra": uploads.body or schemas.image_body(site.settings.max_images),
+        "summary": "Classify images",
+        "description": f"{uploads.sentence or _IMAGES} With unknown=reject, `unknown` has a score, and `label` and "
+        "`class_id` are null if the image belongs to none of the classes. With max_error, `accepted` says whether "
+        "nobody needs to look at the label: of accepted ones at most this share is wrong, with 95% confidence. 422 "
+        "(no_promise) where there are too few support images for `keep` or `max_error`. A classifier that was "
+        "fitted with several labels a picture answers with all of them as `top`, the most likely first, or none; "
+        "`label` is the first of them, `accepted` a list with an entry for each, and unknown=reject is refused "
+        "(no_promise)."
+        + (" This server keeps whole uploads that need a look, for labelling." if site.settings.collect else ""),
+    }
+
+
+def _check_once(request: Request, *repeated: str) -> None:
+    """Refuse a query parameter that stands twice, of which the framework takes one."""
+    names = [name for name, _ in request.query_params.multi_items() if name not in repeated]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ApiError(422, "invalid_parameters", f"expected each query parameter once, got {abbreviate([*twice])}")
+
+
+async def _ask_several(site: Site, request: Request, query: Any) -> tuple[dict[str, Any], int]:
+    """A PredictAnswers, with an error in the place of a classifier that has no answer, and its status. Those of one
+    engine are asked together. Raises the error of the first one where none has an answer."""
+    names = query.classifier
+    if len(set(names)) < len(names):
+        raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
+    answers = dict[str, Any]()
+    engines: dict[BatchingClassifier, list[ServedClassifier]] = {}
+    for name in names:
+        try:
+            served = site.find(name)
+            engines.setdefault(served.batching, []).append(served)
+        except ApiError as error:
+            if error.status_code == 404:
+                raise
+            answers[name] = error
+    if engines:
+        await request.body()  # here, because an error in it is one of the request
+    for part in await asyncio.gather(*(_ask(group, request, query) for group in engines.values())):
+        answers |= part
+    statuses = [answer[1] for answer in answers.values() if not isinstance(answer, Exception)]
+    if not statuses:
+        raise answers[names[0]]
+    bodies = dict[str, Any]()
+    for name in names:
+        answer, metrics = answers[name], site.served[name].metrics if name in site.served else site.server_metrics
+        if isinstance(answer, Exception) and not isinstance(answer, ApiError):
+            logger.error("unexpected", exc_info=answer, extra={"facts": {"classifier": name}})
+            answer = internal_error()
+        bodies[name] = _in_place(metrics, answer) if isinstance(answer, ApiError) else answer[0]
+    return {"classifiers": bodies}, min(statuses)
+
+
+async def _ask(group: Sequence[ServedClassifier], request: Request, query: Any) -> dict[str, Any]:
+    """For each of some classifiers on one engine a PredictAnswer and its status, or the exception that it answers."""
+    answers = dict[str, Any]()
+    asked = list[ServedClassifier]()
+    try:
+        images = await group[0].uploads.read_images(request, getattr(query, "boxes", None))
+        request.scope["iosr_fast.images"] = len(images)
+        good = [image for image in images if not isinstance(image, ApiError)]
+        for served in group:
+            try:
+                if good:
+                    await _check_promise(served, query.abstention)
+                asked.append(served)
+            except IosrFastError as error:
+                answers[served.name] = error
+        results = await _classify(asked, request, good, query) if good and asked else []
+    except ClientDisconnect:
+        raise
+    except Exception as error:
+        answers, asked = dict.fromkeys((served.name for served in group), error), []
+    for i, served in enumerate(asked):
+        CLASSIFIER.set(served.name)
+        own = [result[i] if isinstance(result, tuple) else result for result in results]
+        try:
+            answers[served.name] = _answer(served, request, images, own)
+        except Exception as error:
+            answers[served.name] = error
+    return {one.name: _known(one, answers[one.name]) for one in group}
+
+
+async def _check_promise(served: ServedClassifier, abstention: Abstention) -> None:
+    """Compute what `keep` rests on, if this is the first request for it. Raises IosrFastError for too few images."""
+    if abstention.keep is not None:
+        await served.serve_unknown()
+    abstention.check(served.head)
+
+
+async def _classify(
+    asked: Sequence[ServedClassifier], request: Request, images: Sequence[Any], query: Any
+) -> Sequence[Any]:
+    """For each image a tuple of what the classifiers answer, or an exception. A client that disconnects gives up its
+    places in the queue."""
+    deadline_s = query.deadline_ms / 1e3 - _since_body(request)
+    if deadline_s <= 0:
         raise DeadlineExceededError("no answer in time")
-    task = asyncio.ensure_future(service.batching.classify_many(good, **asked))
+    names, abstention = tuple(served.name for served in asked), query.abstention
+    options = {"top": query.top, "nearest": query.nearest, "keep": abstention.keep, "max_error": abstention.max_error}
+    options |= {"classifier": names, "client": client_of(request.client), "deadline_s": deadline_s}
+    task = asyncio.ensure_future(asked[0].batching.classify_many(images, **options))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, timeout=asked["deadline_s"] + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect if gone.done() else DeadlineExceededError("no answer in time")
@@ -159,7 +237,9 @@ def _since_body(request: Request) -> float:
     return time.perf_counter() - float(request.scope[BODY].whole_at)
 
 
-def _answer(service: Service, request: Request, images: Images, results: Sequence[Any]) -> tuple[dict[str, Any], int]:
+def _answer(
+    served: ServedClassifier, request: Request, images: Images, results: Sequence[Any]
+) -> tuple[dict[str, Any], int]:
     """A PredictAnswer, and its status. Where it raises, nothing is counted."""
     classified, answers = iter(results), list[Prediction | ApiError]()
     for image in images:
@@ -167,98 +247,33 @@ def _answer(service: Service, request: Request, images: Images, results: Sequenc
         if isinstance(result, BadImageError):
             result = ApiError(422, "bad_image", result.reason)
         if not isinstance(result, Prediction | ApiError):
-            raise _request_error(service, result)
+            raise result
         if isinstance(result, Prediction) and not math.isfinite(result.probability):  # a logit is not
             raise ValueError(f"expected finite logits, got a probability {result.probability} of {result.label!r}")
         answers.append(result)
-    good, several = [one for one in answers if isinstance(one, Prediction)], service.head.is_multi_label
+    good, several = [one for one in answers if isinstance(one, Prediction)], served.head.is_multi_label
     for one in good:
-        service.metrics.on_prediction(*(one.top if several else [one] if one.label is not None else ()))
-        service.recent.add(one)
+        served.metrics.on_prediction(*(one.top if several else [one] if one.label is not None else ()))
+        served.recent.add(one)
     body = {
-        "version": max((one.version for one in good), default=service.classifier.version),
+        "version": max((one.version for one in good), default=served.classifier.version),
         "latency_ms": round(_since_body(request) * 1e3, 3),
-        "predictions": [_in_place(service, one) if isinstance(one, ApiError) else one for one in answers],
+        "predictions": [_in_place(served.metrics, one) if isinstance(one, ApiError) else one for one in answers],
     }
     return body, 200 if good else 422
 
 
-def _in_place(served: Served, error: ApiError) -> dict[str, Any]:
+def _in_place(metrics: ClassifierMetrics, error: ApiError) -> dict[str, Any]:
     """An error in the place of an answer, which is counted."""
-    served.metrics.on_error(error.code)
+    metrics.on_error(error.code)
     return error_body(error.code, error.detail)
 
 
-def _request_error(service: Served, error: Exception) -> Exception:
-    """The error of the whole request, for one of the queue or of an image that did not cause it."""
-    known = of_library(error, "no_promise")
-    if known is error and isinstance(service, Service) and service.failure:
+def _known(served: ServedClassifier, answer: Any) -> Any:
+    """An answer; of an exception of the queue or of an image that did not cause it, the error of the whole request."""
+    if isinstance(answer, ApiError) or not isinstance(answer, Exception):
+        return answer
+    known = of_library(answer, "no_promise")
+    if known is answer and served.failure:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
-    return known
-
-
-async def _ask_several(
-    front: Front, names: list[str], request: Request, boxes: str | None, asked: dict[str, Any]
-) -> tuple[dict[str, Any], int]:
-    """A PredictAnswers, with an error in the place of a classifier that has no answer, and its status. Those of one
-    engine are asked together. Raises the error of the first one where none has an answer."""
-    if len(set(names)) < len(names):
-        raise ApiError(422, "invalid_parameters", f"expected each classifier once, got {abbreviate(names)}")
-    answers: dict[str, Any] = {name: front.find(name) for name in names}
-    engines: dict[BatchingClassifier, list[Service]] = {}
-    for name, found in answers.items():
-        if isinstance(found, ApiError) and found.status_code == 404:
-            raise found
-        if isinstance(found, Service):
-            try:
-                if asked["keep"] is not None:
-                    await found.serve_unknown()
-                Abstention(asked["keep"], max_error=asked["max_error"]).check(found.head)
-                found.batching.check_room(asked["client"])
-                engines.setdefault(found.batching, []).append(found)
-            except IosrFastError as error:
-                answers[name] = _failed(found, error)
-    if engines:
-        await request.body()  # here, because an error in it is one of the request
-    for part in await asyncio.gather(*(_ask_engine(services, request, boxes, asked) for services in engines.values())):
-        answers |= part
-    statuses = [answer[1] for answer in answers.values() if not isinstance(answer, ApiError)]
-    if not statuses:
-        raise answers[names[0]]
-    bodies = {
-        name: _in_place(front.services.get(name, front), answer) if isinstance(answer, ApiError) else answer[0]
-        for name, answer in answers.items()
-    }
-    return {"classifiers": bodies}, min(statuses)
-
-
-async def _ask_engine(
-    services: Sequence[Service], request: Request, boxes: str | None, asked: dict[str, Any]
-) -> dict[str, Any]:
-    """The _answer of each, or an ApiError."""
-    answers = dict[str, Any]()
-    try:
-        images = await services[0].uploads.read_images(request, boxes)
-        names = tuple(service.name for service in services)
-        results = await _classify(services[0], request, images, {"classifier": names, **asked})
-    except ClientDisconnect:
-        raise
-    except Exception as error:
-        return {service.name: _failed(service, error) for service in services}
-    for i, service in enumerate(services):
-        CLASSIFIER.set(service.name)
-        own = [result[i] if isinstance(result, tuple) else result for result in results]
-        try:
-            answers[service.name] = _answer(service, request, images, own)
-        except Exception as error:
-            answers[service.name] = _failed(service, error)
-    return answers
-
-
-def _failed(service: Service, error: Exception) -> ApiError:
-    """The answer of one of several classifiers that fails."""
-    known = error if isinstance(error, ApiError) else _request_error(service, error)
-    if not isinstance(known, ApiError):
-        logger.error("unexpected", exc_info=error, extra={"facts": {"classifier": service.name}})
-        known = internal_error()
     return known

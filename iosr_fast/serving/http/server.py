@@ -29,10 +29,10 @@ from iosr_fast.serving.http.app import create_app, warm
 from iosr_fast.serving.http.connection import Connection
 from iosr_fast.serving.http.listener import BACKLOG, Listener
 from iosr_fast.serving.http.logs import CLASSIFIER, log, logger, logs_to_stderr
-from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.opening import Opening, named_folders
-from iosr_fast.serving.http.service import Front, Service
+from iosr_fast.serving.http.metrics import ClassifierMetrics
+from iosr_fast.serving.http.open_site import named_folders, open_site
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.site import Site
 from iosr_fast.serving.http.turns import Peers
 
 _GC_THRESHOLDS = (5_000, 20, 100)
@@ -47,7 +47,7 @@ _MALLOC = {
 
 
 def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
-    """Serve the classifier in the folder `bundles`, or several (opening.named_folders), until SIGTERM, SIGINT or
+    """Serve the classifier in the folder `bundles`, or several (open_site.named_folders), until SIGTERM, SIGINT or
     SIGHUP; return when all requests are answered.
 
     Raises ValueError or OSError, before a request is answered, for an unusable bundle, log or address, where there are
@@ -58,38 +58,37 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
     # NumPy's BLAS keeps a thread spinning on another core for tens of milliseconds after a small product.
     threadpool_limits(1, "blas")
     _allow_files(settings)
-    opening = Opening(named_folders([bundles] if isinstance(bundles, str | Path) else bundles), settings)
-    groups = opening.open()
+    folders = named_folders([bundles] if isinstance(bundles, str | Path) else bundles)
     with logs_to_stderr():
         with contextlib.ExitStack() as closing:
-            listener = closing.enter_context(_listen(settings))
-            served = opening.start(groups, closing)
+            listener = closing.enter_context(_bound(settings))
+            site = closing.enter_context(open_site(folders, settings))
             closing.callback(gc.unfreeze)  # else extension modules report frozen objects as leaks at exit
-            served.loading = True
+            site.loading = True
+            listener.listen(BACKLOG)
             host, port = listener.getsockname()[:2]
-            services = served.services.values()
-            for service in services:
-                CLASSIFIER.set(service.name)
+            for served in site.served.values():
+                CLASSIFIER.set(served.name)
                 log(
                     "loaded",
                     version=__version__,
-                    bundle=str(opening.folders[service.name]),
-                    classes=len(service.classifier.classes_),
-                    model_version=service.classifier.version,
-                    method=service.classifier.method_,
+                    bundle=str(folders[served.name]),
+                    classes=len(served.classifier.classes_),
+                    model_version=served.classifier.version,
+                    method=served.classifier.method_,
                     seconds=round(time.perf_counter() - start, 3),
                 )
-                for sentence in service.head.doubts:
+                for sentence in served.head.doubts:
                     log("doubt", level=logging.WARNING, sentence=sentence)
             CLASSIFIER.set("")
-            for name, why in opening.refused.items():
-                log("refused", level=logging.ERROR, classifier=name, bundle=str(opening.folders[name]), error=why)
+            for name, why in site.refused.items():
+                log("refused", level=logging.ERROR, classifier=name, bundle=str(folders[name]), error=why)
             may_change = any(token.may_change for token in settings.tokens)
-            changes = may_change and any(service.takes_changes for service in services)
+            changes = may_change and site.described.takes_changes
             log("listening", host=host, port=port, pid=os.getpid(), changes=changes)
             if sys.stderr.isatty():
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
-            server = _Server(served)
+            server = _Server(site)
             hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; nohup ignores it
             if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
                 signal.signal(hang_up, server.handle_exit)
@@ -97,7 +96,7 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
         log("stopped", seconds=round(time.perf_counter() - start, 3))
-    if any(service.unfinished for service in services):
+    if any(served.unfinished for served in site.served.values()):
         os._exit(0)  # the interpreter would wait for the thread of an abandoned change
     if server.failure is not None:
         raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure
@@ -132,12 +131,16 @@ def _allow_files(settings: Settings) -> None:
         )
 
 
-def _listen(settings: Settings) -> socket.socket:
-    """A listening socket. An address in use is an error before anything else starts."""
+def _bound(settings: Settings) -> socket.socket:
+    """A socket with the server's address, which does not listen. An address in use is an error before anything else
+    starts."""
     host, port = settings.host, settings.port
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        return bound
     except OSError as error:
         raise OSError(f"can't listen on {host!r} port {port}: {error}; choose another --port or --host") from error
 
@@ -145,7 +148,7 @@ def _listen(settings: Settings) -> socket.socket:
 class Edge(uvicorn.Server):
     """An application behind connections of connection.py, which listener.py accepts."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: ClassifierMetrics) -> None:
         self._peers, self._settings, self._metrics = Peers(), settings, metrics
         super().__init__(
             uvicorn.Config(
@@ -174,15 +177,15 @@ class Edge(uvicorn.Server):
 class _Server(Edge):
     """uvicorn's server, which drains before it stops; the exit code is 0."""
 
-    def __init__(self, served: Service | Front) -> None:
-        self._app, self._served = create_app(served), served
-        super().__init__(self._app, served.settings, served.metrics)
+    def __init__(self, site: Site) -> None:
+        self._app, self._site = create_app(site), site
+        super().__init__(self._app, site.settings, site.server_metrics)
         self.failure: Exception | None = None  # of the engine, during its warm-up
 
     def warm(self) -> None:
         """Do what is slow at first. A failure stops the server."""
         try:
-            warm(self._app, self._served)
+            warm(self._app, self._site)
         except Exception as error:
             self.failure, self.should_exit = error, True
             logger.exception("warm_up_failed", extra={"facts": {}})
@@ -192,19 +195,19 @@ class _Server(Edge):
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
-        self._served.loading = False
+        self._site.loading = False
         log("ready")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal starts draining, a second one ends the server at once."""
         # Sets fields only: the main thread may be anywhere, even inside the lock of a log handler.
         self.force_exit = self.should_exit
-        self.should_exit = self._served.draining = True
+        self.should_exit = self._site.draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept requests for another `drain_s`; then answer those that were accepted."""
-        until = time.monotonic() + self._served.settings.drain_s
+        until = time.monotonic() + self._site.settings.drain_s
         while time.monotonic() < until and not self.force_exit and self.failure is None:
             await asyncio.sleep(0.05)
-        log("stopping", waiting=sum(service.batching.pending for service in self._served.engines))
+        log("stopping", waiting=sum(served.batching.pending for served in self._site.engines))
         await super().shutdown(sockets)

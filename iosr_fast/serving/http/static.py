@@ -1,13 +1,16 @@
-"""The page at / and its files at /static/: read once, served from memory under a strict Content-Security-Policy."""
+"""Pages and their files at static/: read once, served from memory under a strict Content-Security-Policy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
 from iosr_fast.serving.http.errors import ApiError
+from iosr_fast.serving.http.middleware import SERVED
+from iosr_fast.serving.http.site import ServedClassifier
 
 FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -17,25 +20,24 @@ _POLICY = (
 )
 
 
-def make_router(sentence: str = "") -> APIRouter:
-    """Serves the files that are in the folder now, or a sentence in their place. A requested name is a key of a dict,
-    never a path."""
+def make_router() -> APIRouter:
+    """Serves the files that are in the folder now: the page of a classifier, or of all. A head, which takes no images,
+    has a sentence instead. A requested name is a key of a dict, never a path."""
     paths = [path for path in FOLDER.iterdir() if path.suffix in _TYPES]
     files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in paths}
-    if sentence:
-        files = {"index.html": (sentence.encode(), "text/plain")}
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
     @router.get("/static/{name}")
-    async def page(name: str = "index.html") -> Response:
-        if name not in files:
+    async def page(request: Request, name: str = "") -> Response:
+        served: ServedClassifier | None = request.scope[SERVED]
+        name = name or ("classifiers.html" if served is None else "index.html")
+        content, kind = files.get(name, (b"", ""))
+        if served is not None and served.uploads.sentence:
+            content, kind = served.uploads.sentence.encode() if name == "index.html" else b"", "text/plain"
+        if not content:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
-        return respond(*files[name])
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        return Response(content, headers=headers, media_type=kind)
 
     return router
-
-
-def respond(content: bytes | str, kind: str) -> Response:
-    headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
-    return Response(content, headers=headers, media_type=kind)
