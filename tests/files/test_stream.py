@@ -24,8 +24,9 @@ from iosr_fast.head.support_images import SupportSettings, encode_images
 from iosr_fast.images import preprocess
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import Decode, DecodedBatch
-from iosr_fast.serving.http.opening import open_served
+from iosr_fast.serving.http.open_site import open_classifiers
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.site import Site
 
 SIZE = 8
 TWO_WAYS = pytest.mark.parametrize(("callers", "decode_threads"), [(1, 2), (3, 0)])
@@ -158,14 +159,14 @@ def test_pixels_of_few_batches_are_in_memory(callers: int, decode_threads: int) 
 def test_nearly_no_core_idles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where many images are encoded, and where a classifier is served."""
     monkeypatch.setattr("iosr_fast.encoders.runtimes.open_engine", lambda *_, **options: Mock(parallel=True, **options))
-    monkeypatch.setattr("iosr_fast.serving.http.opening.load", Mock())
+    monkeypatch.setattr("iosr_fast.serving.http.open_site.load", Mock())
     opened = Mock(side_effect=lambda saved, *_: saved)
     monkeypatch.setattr("iosr_fast.classifier.open_together", opened)
     for cores in range(1, 65):
         reader = Reader(Mock(parallel=True, buckets=None), Path(), SupportSettings(), ReadOptions(4, threads=cores))
         encoder = reader.stage(10_000).encoder if cores > 1 else Mock(runs=1, threads=1)
         assert min(cores, 8) / 2 < encoder.runs <= 8
-        open_served(Path(), Settings(), cores)
+        open_classifiers(Site(Settings(), {"": Path()}), cores)
         threads, runs = opened.call_args.args[2:]
         assert runs < 2.2 * cores**0.5 and threads < 2.2 * cores**0.5 and (threads > 1 or cores < 4)
         for idle in (cores - encoder.runs * encoder.threads, cores - runs * threads):

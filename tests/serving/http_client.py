@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http.app import batch_for, create_app
-from iosr_fast.serving.http.metrics import Metrics
-from iosr_fast.serving.http.opening import Opening, named_folders
-from iosr_fast.serving.http.service import Service
+from iosr_fast.serving.http.app import create_app
+from iosr_fast.serving.http.metrics import ClassifierMetrics, EngineMetrics
+from iosr_fast.serving.http.open_site import batch_for, named_folders, open_site
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.site import ServedClassifier, Site
 from tests.demo_cache import demo_cache, shared_cache
 from tests.pictures import encode
 
@@ -122,8 +122,9 @@ def fields(**texts: str | list[str]) -> list[tuple[str, tuple[None, str]]]:
 class Client:
     """Requests from any thread to an application in this process, which has its own event loop."""
 
-    def __init__(self, service: Any) -> None:
-        self.app, self.service = create_app(service), service
+    def __init__(self, site: Site) -> None:
+        self.app, self.site = create_app(site), site
+        self.served = self.service = site.served.get("")  # the only classifier
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -164,28 +165,31 @@ def serving(
 ) -> Iterator[Client]:
     """A client of an application; `settings` are those of Settings, `batching` options of BatchingClassifier."""
     classifier = load() if classifier is None else classifier
-    metrics = Metrics()
     made = Settings(**{"token": TOKEN, **settings})
     options = {"max_batch": batch_for(classifier.encoder, made), "max_queue": made.max_queue}
     options |= {"max_error": made.max_error, "collect": collector and collector.offer, **(batching or {})}
-    batches = BatchingClassifier(classifier, observer=metrics, **options)
-    client = Client(Service(batches, made, metrics, collector))
+    site = Site(made, {"": Path("served")})
+    observer, metrics = EngineMetrics(site.metrics), ClassifierMetrics(site.metrics)
+    batches = BatchingClassifier(classifier, observer=observer, **options)
+    served = site.served[""] = ServedClassifier(site, "", made, batches, observer, metrics, collector)
+    client = Client(site)
     try:
         yield client
     finally:
         client.close()
-        client.service.close()
+        served.close()
         batches.close()
 
 
 @contextmanager
 def serving_several(*folders: Path, **settings: Any) -> Iterator[Client]:
     """A client of the application of several saved classifiers, opened as `iosr-fast serve` does."""
-    opening = Opening(named_folders(folders), Settings(**{"token": TOKEN, **settings}))
-    with ExitStack() as closing:
-        client = Client(opening.start(opening.open(), closing))
-        closing.callback(client.close)
-        yield client
+    with open_site(named_folders(folders), Settings(**{"token": TOKEN, **settings})) as site:
+        client = Client(site)
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 class Gate:

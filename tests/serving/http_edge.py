@@ -16,7 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.metrics import ClassifierMetrics, Metrics
 from iosr_fast.serving.http.server import Edge
 from iosr_fast.serving.http.settings import Settings
 from tests.waiting import wait_until
@@ -36,7 +36,7 @@ class Site:
         self.seen: list[tuple[str, str, int]] = []
         self.gone = 0  # clients that left before their answer
         self.go_on = threading.Event()
-        self.metrics = Metrics()
+        self.metrics = ClassifierMetrics(Metrics())
         self.settings = Settings(**{"grace_s": 3, "host": "0.0.0.0", **settings})  # any Host
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = listener.getsockname()[1]

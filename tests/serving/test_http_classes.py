@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import CancelledError
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.serving.http.errors import ApiError
-from iosr_fast.serving.http.opening import Opening
+from iosr_fast.serving.http.open_site import open_site
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.store.store import Store
 from tests.pictures import GREY, encode
@@ -39,7 +38,7 @@ from tests.waiting import wait_until
 
 
 def test_classes_and_examples_are_listed(shared: Client) -> None:
-    classifier = shared.service.classifier
+    classifier = shared.served.classifier
     body = shared.get("/v1/classes").json()
     assert [one["name"] for one in body["classes"]] == classifier.classes_.tolist()
     assert all(one["examples"] == SHOTS for one in body["classes"]) and body["version"] == classifier.version
@@ -111,7 +110,7 @@ def test_classes_change_while_it_serves() -> None:
 
 def test_classes_are_added_and_moved_with_their_parents() -> None:
     with serving() as client:
-        classifier, image = client.service.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))
+        classifier, image = client.served.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))
         first, path = str(classifier.classes_[0]), lambda: client.get("/v1/classes").json()["classes"][-1]["path"]
 
         def add(name: str, *parent: str) -> Any:
@@ -137,7 +136,7 @@ def test_classes_are_added_and_moved_with_their_parents() -> None:
 
 def test_descriptions_make_the_text_of_a_class() -> None:
     with serving() as client:
-        classifier, image = client.service.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))
+        classifier, image = client.served.classifier, form(encode(np.full((64, 64, 3), (250, 10, 250), np.uint8)))
         embed, texts = classifier._fit.clip.text.embed_classes, ["a magenta square", "one colour"]
         data = {"name": "magenta", "description": texts}
         made = client.ask("POST", "/v1/classes", data=data, files=image, headers=AUTHORISED)
@@ -150,7 +149,7 @@ def test_descriptions_make_the_text_of_a_class() -> None:
 
 
 def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) -> None:
-    classifier = shared.service.classifier
+    classifier = shared.served.classifier
     name, (first, second) = str(classifier.classes_[0]), (info.class_id for info in classifier.classes()[:2])
     alike = name.replace("a", "\u0430").replace("e", "\u0435").replace("o", "\u043e")  # letters of Cyrillic
     good, no_text = form(GREY), {"files": [("name", (None, b"\xff"))]}
@@ -244,7 +243,7 @@ def test_every_spelling_of_a_change_needs_the_token(shared: Client, monkeypatch:
     paths = shared.get("/openapi.json").json()["paths"]
     described = [(method.upper(), path) for path, told in paths.items() for method in told if method != "get"]
     assert len(described) == len(CHANGES) + 1, "a new route is in CHANGES, or changes nothing as /v1/predict"
-    monkeypatch.setattr(type(shared.service), "change", Mock(side_effect=ApiError(409, "reached", "a change is made")))
+    monkeypatch.setattr(type(shared.served), "change", Mock(side_effect=ApiError(409, "reached", "a change is made")))
     right, reached = TOKEN.encode(), set()
     for method, path in CHANGES:
         odd = ("/" + path, path + "/", path + "/.", path.upper(), path.replace("1", "%31"), path + "?x", path + "\0")
@@ -257,11 +256,11 @@ def test_every_spelling_of_a_change_needs_the_token(shared: Client, monkeypatch:
                 for wrong in ([], [b"Bearer " + right[:-1] + b"x"], [b"Bearer x" + right[1:]], [b"Basic " + right]):
                     refused = shared.run(ask([(b"authorization", value) for value in wrong]))
                     assert refused == (told if told in (404, 405) else 401), (verb, spelled)
-    assert {path for _, path in CHANGES} | {"/v1/retune\n"} <= reached and shared.service.classifier.version == 1
+    assert {path for _, path in CHANGES} | {"/v1/retune\n"} <= reached and shared.served.classifier.version == 1
 
 
 def test_a_body_without_images_is_small_even_with_the_token(shared: Client) -> None:
-    path = f"/v1/classes/{shared.service.classifier.classes()[0].class_id}"
+    path = f"/v1/classes/{shared.served.classifier.classes()[0].class_id}"
 
     async def parts() -> Any:
         for _ in range(70):
@@ -272,7 +271,7 @@ def test_a_body_without_images_is_small_even_with_the_token(shared: Client) -> N
         assert error_of(shared.ask("PATCH", path, content=body, headers=headers), 413) == "too_large"
     asked = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     assert shared.run(answer_unread(shared.app, "PATCH", path, [*asked, (b"content-length", b"31000000")])) == 413
-    assert shared.service.classifier.version == 1
+    assert shared.served.classifier.version == 1
 
 
 def test_without_a_token_nobody_changes_anything() -> None:
@@ -290,23 +289,22 @@ def test_without_a_token_nobody_changes_anything() -> None:
 def test_closing_waits_no_longer_for_a_change_than_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opening, go_on = Opening({"": bundle()}, Settings(token=TOKEN, log=tmp_path / "changes.db")), threading.Event()
-    (group,) = opening.open()
-    with ExitStack() as closing:
-        client = Client(opening.start([group], closing))
+    settings, go_on = Settings(token=TOKEN, log=tmp_path / "changes.db"), threading.Event()
+    with open_site({"": bundle()}, settings) as site:
+        client = Client(site)
         monkeypatch.setattr(Store, "_ready", lambda self, head, before: go_on.wait(20) and head)
         changes = [client.start("DELETE", f"/v1/classes/~{number}", headers=AUTHORISED) for number in range(2)]
-        wait_until(lambda: group[""]._store.lock.locked() and len(client.service.unfinished) == 2)
-    assert client.service.unfinished and "change_abandoned" in caplog.text, "it still runs, and has the log"
+        wait_until(lambda: client.served.classifier._store.lock.locked() and len(client.served.unfinished) == 2)
+    assert client.served.unfinished and "change_abandoned" in caplog.text, "it still runs, and has the log"
     go_on.set()
-    assert changes[0].result(20).status_code == 200 and client.service.close(20) and not client.service.unfinished
+    assert changes[0].result(20).status_code == 200 and client.served.close(20) and not client.served.unfinished
     with pytest.raises(CancelledError):
         changes[1].result(20)
     client.close()
 
 
 def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.service._MAX_CHANGES", 2)
+    monkeypatch.setattr("iosr_fast.serving.http.site._MAX_CHANGES", 2)
     classifier = load()
     gate = Gate(classifier)
     with serving(classifier) as client:
@@ -315,7 +313,7 @@ def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
             client.start("POST", "/v1/classes", data={"name": f"new {i}"}, files=form(image), headers=AUTHORISED)
             for i, image in enumerate(queries()[:2])
         ]
-        wait_until(lambda: len(client.service.unfinished) == 2)
+        wait_until(lambda: len(client.served.unfinished) == 2)
         response = client.ask("POST", "/v1/retune", headers=AUTHORISED)
         assert error_of(response, 503) == "busy" and int(response.headers["Retry-After"]) >= 1
         gate.open()
@@ -339,7 +337,7 @@ def test_another_form_of_a_number_is_no_id(shared: Client, digits: str) -> None:
         assert error_of(response, 404) in ("no_class", "no_example"), (method, path)
     for query in (f"/v1/classes?after={quote('~' + digits)}", f"/v1/classes/~0/examples?after={quote('e' + digits)}"):
         assert error_of(shared.get(query), 422) == "invalid_parameters"
-    assert shared.service.classifier.version == 1
+    assert shared.served.classifier.version == 1
 
 
 def test_a_log_that_cannot_be_written_makes_the_server_read_only(tmp_path: Any) -> None:

@@ -29,7 +29,7 @@ def test_a_generated_client_predicts_and_changes_classes(tmp_path: Path, monkeyp
         from generated.api.classes import classes, picture
         from generated.api.predict import predict
 
-        client, names = Client(address), served.service.classifier.predict([queries()[0], queries()[-1]]).tolist()
+        client, names = Client(address), served.served.classifier.predict([queries()[0], queries()[-1]]).tolist()
         changing = AuthenticatedClient(address, TOKEN)
 
         files = [types.File(BytesIO(queries()[i]), "x.png", "image/png") for i in (0, 0, -1, 1, 2)]
@@ -37,7 +37,7 @@ def test_a_generated_client_predicts_and_changes_classes(tmp_path: Path, monkeyp
         for options, expected in (({"body": files[0]}, names[:1]), (two, names)):
             answer = predict.sync(client=client, **options)
             assert [each.top[0].label for each in answer.predictions] == expected
-        assert [one.name for one in classes.sync(client=client).classes] == served.service.classifier.classes_.tolist()
+        assert [one.name for one in classes.sync(client=client).classes] == served.served.classifier.classes_.tolist()
         added = add_class.sync(client=changing, body=models.AddClassBody("new", images=files[3:]))
         for texts in ({"name": "newer", "keep_text": True}, {"parent": ["", "above"]}):
             rename_class.sync(added.class_id, client=changing, body=models.RenameClassBody(**texts))

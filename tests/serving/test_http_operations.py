@@ -47,13 +47,13 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
         assert "iosr_fast_predictions_total{" not in client.get("/metrics").text  # a probe is nobody's image
         gate.shut()
         time.sleep(0.02)
-        client.service.loading = True
+        client.site.loading = True
         assert client.get("/healthz").status_code == 200  # the engine has not run yet
-        client.service.loading = False
+        client.site.loading = False
         response = client.get("/healthz")
         assert response.status_code == 503 and "not classified within 1 s" in response.json()["detail"]
         gate.open()
-        wait_until(lambda: client.service.batching.pending == 0)
+        wait_until(lambda: client.served.batching.pending == 0)
         time.sleep(0.02)
         assert client.get("/healthz").status_code == 200
         monkeypatch.setattr(BatchingClassifier, "classify", Mock(side_effect=QueueFullError("it is full", 1.0)))
@@ -64,14 +64,14 @@ def test_health_probes_where_nothing_else_is_classified(monkeypatch: pytest.Monk
 def test_readiness_has_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as client, caplog.at_level(logging.INFO, "iosr_fast.serving"):
         assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
-        client.service.loading = True
+        client.site.loading = True
         response = client.get("/readyz")
         assert response.status_code == 503 and response.json()["status"] == "loading"
-        client.service.loading, client.service.draining = False, True
+        client.site.loading, client.site.draining = False, True
         assert client.get("/readyz").json()["status"] == "shutting down"
         healthy = client.get("/healthz")  # no reason to restart it
         assert healthy.status_code == 200 and healthy.headers["Connection"] == "close"
-        client.service.batching.close()
+        client.served.batching.close()
         response = client.predict(GREY)
         assert error_of(response, 503) == "closed" and int(response.headers["Retry-After"]) >= 1
     logged = [record.facts["status"] for record in caplog.records if record.msg == "request"]  # type: ignore[attr-defined]
@@ -80,30 +80,31 @@ def test_readiness_has_a_reason(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_full_queue_says_how_long_it_will_take(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, header in ((7.2, "8"), (0.01, "1")):
-        monkeypatch.setattr(BatchingClassifier, "check_room", Mock(side_effect=QueueFullError("it is full", seconds)))
+        monkeypatch.setattr(BatchingClassifier, "submit_many", Mock(side_effect=QueueFullError("it is full", seconds)))
         response = shared.predict(GREY)
         assert error_of(response, 503) == "queue_full" and response.headers["Retry-After"] == header
 
 
 def test_all_shares_of_an_ipv6_network_are_one(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares, room = Mock(side_effect=shared.service.bodies.take), Mock(side_effect=shared.service.batching.check_room)
-    monkeypatch.setattr(shared.service.bodies, "take", shares)
-    monkeypatch.setattr(shared.service.batching, "check_room", room)
+    shares, asked = Mock(side_effect=shared.site.bodies.take), Mock(side_effect=shared.served.batching.submit_many)
+    monkeypatch.setattr(shared.site.bodies, "take", shares)
+    monkeypatch.setattr(shared.served.batching, "submit_many", asked)
     for host in ("2001:db8::1", "2001:db8::2:3"):
         transport = httpx.ASGITransport(shared.app, client=(host, 1))
-        asked = httpx.AsyncClient(transport=transport, base_url="http://test").post("/v1/predict", content=GREY)
-        assert shared.run(asked).status_code == 200
-    assert {call.args[0] for call in (*shares.mock_calls, *room.mock_calls)} == {"2001:db8::/64"}
+        sent = httpx.AsyncClient(transport=transport, base_url="http://test").post("/v1/predict", content=GREY)
+        assert shared.run(sent).status_code == 200
+    clients = [call.args[0] for call in shares.mock_calls] + [call.kwargs["client"] for call in asked.mock_calls]
+    assert set(clients) == {"2001:db8::/64"}
 
 
 def test_answers_that_do_not_change_are_made_once(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    warm(shared.app, shared.service)
+    warm(shared.app, shared.site)
     monkeypatch.setattr("fastapi.applications.get_openapi", Mock(side_effect=AssertionError))
     assert "/v1/predict" in shared.get("/openapi.json").json()["paths"]
     monkeypatch.setattr(shared.app, "openapi", Mock(side_effect=AssertionError))
     assert "/v1/predict" in shared.get("/openapi.json").json()["paths"]
-    rendered = Mock(side_effect=shared.service.metrics.text)
-    monkeypatch.setattr(shared.service.metrics, "text", rendered)
+    rendered = Mock(side_effect=shared.site.metrics.text)
+    monkeypatch.setattr(shared.site.metrics, "text", rendered)
     monkeypatch.setattr("iosr_fast.serving.http.health.SCRAPE_S", 60.0)
     shared.get("/metrics")
     asked = [shared.start("GET", "/metrics") for _ in range(20)]
@@ -118,7 +119,7 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
         for path in ("/nowhere", "/healthz"):  # which needs no picture of its own now
             client.get(path)
         text = client.get("/metrics").text
-        class_id = next(info.class_id for info in client.service.classifier.classes() if info.name == label)
+        class_id = next(info.class_id for info in client.served.classifier.classes() if info.name == label)
         for line in (
             f'iosr_fast_predictions_total{{class_id="{class_id}",name="{label}"}} 2.0',
             'iosr_fast_errors_total{code="unsupported_type"} 1.0',
@@ -141,14 +142,15 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
 
 def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_MAX_CLASSES", 2)
-    made = metrics.Metrics()
+    registry = metrics.Metrics()
+    made = metrics.ClassifierMetrics(registry)
     for number in (1, 2, 3, 1, 4):
         made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, 0.0, (), (), 1))
-    text = made.text().decode()
+    text = registry.text().decode()
     assert 'iosr_fast_predictions_total{class_id="~1",name="name 1"} 2.0' in text
     assert 'iosr_fast_predictions_total{class_id="",name="all others"} 2.0' in text
     made.drop_removed({"~2": "name 2"}.get)
-    text = made.text().decode()
+    text = registry.text().decode()
     assert "name 1" not in text and "name 2" in text and "all others" in text
 
 
@@ -217,10 +219,10 @@ def test_pages_of_an_allowed_origin_may_call_it(shared: Client) -> None:
             for answer in (preflight, *answers):
                 assert answer.headers.get("Access-Control-Allow-Origin") == expected
                 assert "Access-Control-Allow-Credentials" not in answer.headers
-        assert not client.service.settings.serves("shop.example"), "DNS rebinding: it is no name of this server"
+        assert not client.served.settings.serves("shop.example"), "DNS rebinding: it is no name of this server"
         assert "Access-Control-Allow-Origin" not in client.get("/").headers
     with serving(allow_origin=("*",)) as client:
-        client.service.batching.close()
+        client.served.batching.close()
         refused = client.predict(GREY, headers={"Origin": "null"})
         assert refused.status_code == 503 and refused.headers["Access-Control-Allow-Origin"] == "*"
     for method in ("GET", "OPTIONS"):  # by default there are none

@@ -63,8 +63,8 @@ def test_everything_is_described(served: Client) -> None:
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("real_ids", [True, False], ids=["real ids", "any ids"])
 def test_generated_requests_get_described_responses(served: Client, schema: Any, mode: Any, real_ids: bool) -> None:
-    classes = served.service.classifier.classes()
-    ids = {"class_id": classes[-1].class_id, "example_id": served.service.classifier.examples(classes[0].name)[0]}
+    classes = served.served.classifier.classes()
+    ids = {"class_id": classes[-1].class_id, "example_id": served.served.classifier.examples(classes[0].name)[0]}
 
     def ask(case: Any) -> None:
         if real_ids:
@@ -79,7 +79,7 @@ def test_generated_requests_get_described_responses(served: Client, schema: Any,
 
 
 def test_predictions_are_written_in_order_and_exactly(served: Client) -> None:
-    made = served.service.classifier.explain(queries(), top=8, nearest=3, unknown="reject", keep=0.5)
+    made = served.served.classifier.explain(queries(), top=8, nearest=3, unknown="reject", keep=0.5)
     written = json.dumps([one.to_dict() for one in made])
     assert json.dumps(json.loads(long_answer(made).body)) == written
 

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,8 +25,9 @@ from iosr_fast.cli import app
 from iosr_fast.exceptions import QueueFullError
 from iosr_fast.serving.batching import engine
 from iosr_fast.serving.http.app import warm
-from iosr_fast.serving.http.opening import Opening, named_folders
+from iosr_fast.serving.http.open_site import named_folders, open_classifiers, open_site
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.http.site import Site
 from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,
@@ -100,9 +100,9 @@ def test_answers_for_several_are_those_of_each(several: Client, shelf: Path) -> 
         for one, other, expected in zip(answer["predictions"], own["predictions"], alone, strict=True):
             assert one["label"] == other["label"] == expected.label and one.keys() == other.keys()
             assert [one["logit"], other["logit"]] == pytest.approx([expected.logit] * 2, abs=1e-3)
-    kind, letter = (several.service.services[name] for name in ("kind", "letter"))
+    kind, letter = (several.site.served[name] for name in ("kind", "letter"))
     assert kind.batching is letter.batching and kind.classifier.encoder is letter.classifier.encoder
-    assert len(several.service.engines) == 3
+    assert len(several.site.engines) == 3
 
 
 def test_one_that_has_no_answer_has_an_error_in_its_place(several: Client) -> None:
@@ -123,24 +123,18 @@ def test_one_that_has_no_answer_has_an_error_in_its_place(several: Client) -> No
 
 def test_a_full_queue_is_an_error_in_its_place(several: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=QueueFullError("it is full", 7.0))
-
-    async def unread() -> Any:
-        pytest.fail("the body is read")
-        yield
-
-    for name, before in (("turned", ["kind"]), ("kind", [])):
-        monkeypatch.setattr(several.service.services[name].batching, "check_room", full)
-        if before:
-            answers = ask(several, "turned", "kind").json()["classifiers"]
-            assert answers["turned"]["error"]["code"] == "queue_full" and "predictions" in answers["kind"]
-    refused = several.ask("POST", "/v1/predict?classifier=turned&classifier=kind", content=unread())
+    monkeypatch.setattr(several.site.served["turned"].batching, "submit_many", full)
+    answers = ask(several, "turned", "kind").json()["classifiers"]
+    assert answers["turned"]["error"]["code"] == "queue_full" and "predictions" in answers["kind"]
+    monkeypatch.setattr(several.site.served["kind"].batching, "submit_many", full)
+    refused = ask(several, "turned", "kind")
     assert error_of(refused, 503) == "queue_full" and refused.headers["Retry-After"] == "7"
 
 
 def test_an_error_is_counted_once(several: Client) -> None:
     def errors() -> int:
-        texts = [one.metrics.text().decode() for one in (several.service, *several.service.services.values())]
-        counts = re.findall(r"^iosr_fast_errors_total{.*} (.*)$", "\n".join(texts), re.MULTILINE)
+        text = several.site.metrics.text().decode()
+        counts = re.findall(r"^iosr_fast_errors_total{.*} (.*)$", text, re.MULTILINE)
         return sum(int(float(count)) for count in counts)
 
     for names, images, more in (
@@ -175,10 +169,11 @@ def test_a_path_is_that_of_one_classifier_alone(several: Client) -> None:
     for path in (
         "/v1/classifiers/kind",
         "/v1/classifiers/kind/v1/classes",
-        "/v1/classes",
         "/v1/classifiers/kind/healthz",
     ):
         assert error_of(several.get(path), 404) == "not_found"
+    unnamed = several.get("/v1/classes")
+    assert error_of(unnamed, 404) == "no_classifier" and "expected /v1/classifiers/NAME/..." in unnamed.text
 
 
 def test_a_damaged_one_is_refused_alone(several: Client, shelf: Path) -> None:
@@ -202,13 +197,13 @@ def test_a_pipe_in_the_place_of_a_manifest_is_refused_alone(shelf: Path, tmp_pat
     manifest.unlink()
     os.mkfifo(manifest)
     with ThreadPoolExecutor(1) as pool:
-        opening = Opening({name: tmp_path / name for name in ("kind", "piped")}, Settings())
-        opened = pool.submit(opening.open)
+        site = Site(Settings(), {name: tmp_path / name for name in ("kind", "piped")})
+        opened = pool.submit(open_classifiers, site)
         try:
             assert [[*group] for group in opened.result(60)] == [["kind"]]
         finally:
             opened.done() or os.close(os.open(manifest, os.O_RDWR))  # ends a thread that waits for a writer
-    assert "expected a regular file at piped/manifest.json" in opening.refused["piped"]
+    assert "expected a regular file at piped/manifest.json" in site.refused["piped"]
 
 
 def test_changes_are_of_one_and_replayed_by_name(shelf: Path, tmp_path: Path) -> None:
@@ -240,7 +235,7 @@ def test_metrics_name_classifier_and_engine(several: Client) -> None:
         r'iosr_fast_predictions_total{class_id="~\d",classifier="kind",name=".*"}',
         r'iosr_fast_classes{classifier="kind"} 8.0',
         r'iosr_fast_image_seconds_count{engine="kind",outcome="ok"}',
-        r'iosr_fast_request_seconds_count{method="POST",route="/v1/predict",status="200"}',
+        r'iosr_fast_request_seconds_count{classifier="",method="POST",route="/v1/predict",status="200"}',
         r'iosr_fast_request_seconds_count{classifier="turned",method="GET",route="/v1/classes",status="200"}',
         r"iosr_fast_body_bytes 0.0",
     ):
@@ -256,7 +251,7 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
         before = answers_of(client, "kind", "letter")
 
         def fail(head: Any, *rest: Any) -> Any:
-            if head.uids == client.service.services["letter"].head.uids and len(head.uids) < CLASSES:
+            if head.uids == client.site.served["letter"].head.uids and len(head.uids) < CLASSES:
                 raise RuntimeError("no kernel image")
             return predict(head, *rest)
 
@@ -266,11 +261,9 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
         assert error_of(client.ask("POST", "/v1/classifiers/letter/predict", content=GREY), 503) == "engine_failed"
         assert "letter: no kernel image" in client.get("/readyz").json()["detail"]
         assert client.get("/healthz").json()["status"] == "ok"
-        monkeypatch.setattr(
-            client.service.services["turned"].batching, "warm", Mock(side_effect=RuntimeError("no GPU"))
-        )
-        warm(client.app, client.service)  # the others are ready
-        client.service.draining = True
+        monkeypatch.setattr(client.site.served["turned"].batching, "warm", Mock(side_effect=RuntimeError("no GPU")))
+        warm(client.app, client.site)  # the others are ready
+        client.site.draining = True
         assert client.get("/v1/classifiers/kind/classes").headers["Connection"] == "close"
 
 
@@ -301,10 +294,9 @@ def test_a_process_serves_a_folder_of_classifiers(shelf: Path, tmp_path: Path) -
         events = [(line["event"], line.get("classifier")) for line in process.lines]
         assert [name for event, name in events if event == "loaded"] == SERVED
         logs = Settings(log=tmp_path / "logs")
-        with ExitStack() as closing:
-            opening = Opening(named_folders([shelf]), logs)
-            opening.start(opening.open(), closing)
-        assert opening.refused["kind"].endswith("another process writes this log: 'logs/kind.db'"), "no path"
+        with open_site(named_folders([shelf]), logs) as site:
+            pass
+        assert site.refused["kind"].endswith("another process writes this log: 'logs/kind.db'"), "no path"
         assert ("refused", "broken") in events and ("listening", None) in events
         both = process.client.post("/v1/predict?classifier=kind&classifier=letter", content=queries()[0])
         assert both.status_code == 200

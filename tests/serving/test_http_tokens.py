@@ -41,7 +41,7 @@ def test_a_token_that_is_nearly_right_is_wrong(guarded: Client, token: str) -> N
         for method, path in (("POST", "/v1/predict"), ("PATCH", "/v1/examples/e0"), ("DELETE", "/v1/classes/~0")):
             refused = guarded.ask(method, path, **bearer(wrong))
             assert (error_of(refused, 401), refused.headers["WWW-Authenticate"]) == ("unauthorized", "Bearer"), wrong
-    assert guarded.service.classifier.version == 1
+    assert guarded.served.classifier.version == 1
 
 
 def test_a_token_that_may_only_predict_changes_nothing_and_predictions_need_one(
@@ -53,7 +53,7 @@ def test_a_token_that_may_only_predict_changes_nothing_and_predictions_need_one(
     assert guarded.get("/v1/classes").status_code == 200  # reading needs none
     for method, path in (("POST", "/v1/classes"), ("POST", "/v1/examples"), ("PATCH", "/v1/examples/e0")):
         assert error_of(guarded.ask(method, path, **RENAME, **bearer(SHOP)), 403) == "predict_only"
-    assert guarded.service.classifier.version == 1
+    assert guarded.served.classifier.version == 1
     caplog.clear()
     with caplog.at_level(logging.INFO, "iosr_fast.serving"):
         assert guarded.ask("PATCH", "/v1/classes/~0", **RENAME, **bearer(BOB)).status_code == 200

@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_library() -> None:
             line = f'iosr_fast_predictions_total{{class_id="{class_id}",name="{name}"}} {times * labels.count(name)}'
             assert line in text
         assert f"iosr_fast_unknown_total {times * sum(not one.top for one in expected)}\n" in text
-        recent = client.service.recent
+        recent = client.served.recent
         probabilities = [p for one in expected for _, p in one.pairs]
         assert recent.median_probability == pytest.approx(np.median(probabilities), abs=1e-4)
         judged = [classifier.explain(PICTURES, max_error=share) for share in (MAX_ERROR, 0.3)]
@@ -105,7 +105,7 @@ def test_facts_say_that_there_are_several_and_those_of_one_label_stay() -> None:
 
 def test_examples_are_listed_added_and_relabelled() -> None:
     with serving(several()) as client:
-        classifier = client.service.classifier
+        classifier = client.served.classifier
         heart, green = ids(classifier, "heart", "green")
         listed = client.get("/v1/examples?limit=50").json()
         last = client.get(f"/v1/examples?after={listed['next']}").json()
@@ -155,7 +155,7 @@ def test_examples_are_listed_added_and_relabelled() -> None:
 
 def test_an_example_of_one_label_gets_another_one() -> None:
     with serving() as client:
-        classifier = client.service.classifier
+        classifier = client.served.classifier
         moved, *_ = classifier.examples("~0")
         assert client.get("/v1/examples?class_id=").json()["total"] == 0
         changed = ask(client, "PATCH", f"/v1/examples/{moved}", ["~1"])
@@ -237,6 +237,6 @@ def test_a_picture_is_strange_by_the_label_that_its_answer_shows() -> None:
     head = classifier.snapshot()
     with serving(classifier, max_error=MAX_ERROR) as client:
         noise = classifier.explain([GREY], max_error=MAX_ERROR)[0]
-        client.service.recent.add(noise)
+        client.served.recent.add(noise)
         p = noise.probability
-        assert client.service.recent.strangers.share == (math.log(p / (1 - p)) <= head.strange_odds)
+        assert client.served.recent.strangers.share == (math.log(p / (1 - p)) <= head.strange_odds)
