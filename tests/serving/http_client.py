@@ -171,7 +171,7 @@ def serving(
     site = Site(made, {"": Path("served")})
     observer, metrics = EngineMetrics(site.metrics), ClassifierMetrics(site.metrics)
     batches = BatchingClassifier(classifier, observer=observer, **options)
-    served = site.served[""] = ServedClassifier(site, "", made, batches, observer, metrics, collector)
+    served = site.served[""] = ServedClassifier(site, "", made, batches, observer, metrics, collector=collector)
     client = Client(site)
     try:
         yield client

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.head.support_images import SupportSettings
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.delivery.fitted import FittedClassifier
-    from iosr_fast.encoders.encoder import Encoder
+    from iosr_fast.encoders.text_encoder import TextEncoder
     from iosr_fast.head.head import Head
 
 
@@ -23,14 +25,26 @@ def embedding(fit: FittedClassifier) -> dict[str, Any]:
     return {**model, **rows, "exif_orientation": settings.exif_orientation, "margin": settings.margin}
 
 
+class EncoderAlone(NamedTuple):
+    """What pictures are embedded with where there is no classifier."""
+
+    encoder: Encoder
+    settings: SupportSettings = SupportSettings(exif_orientation=True)
+    text: None = None
+
+
 class Classifiers:
     """One classifier with the name "", or several by their names, whose encoder is the same whichever is asked, so that
-    the images of a batch share it (BatchingClassifier). A single one may be fitted again on any encoder."""
+    the images of a batch share it (BatchingClassifier). A single one may be fitted again on any encoder. Of an encoder
+    alone there are none."""
 
-    def __init__(self, given: Classifier | Mapping[str, Classifier]) -> None:
+    def __init__(self, given: Classifier | Mapping[str, Classifier] | EncoderAlone) -> None:
         """Raises NotFittedError, and IosrFastError for classifiers that can't share an encoder."""
-        self.named: Mapping[str, Classifier] = dict(given) if isinstance(given, Mapping) else {"": given}
-        if not self.named or not all(isinstance(name, str) for name in self.named):
+        self._alone = given if isinstance(given, EncoderAlone) else None
+        self.named: Mapping[str, Classifier] = {}
+        if not isinstance(given, EncoderAlone):
+            self.named = dict(given) if isinstance(given, Mapping) else {"": given}
+        if not (self.named or self._alone) or not all(isinstance(name, str) for name in self.named):
             raise IosrFastError(f"expected a classifier, or classifiers by their names, got {given!r}")
         for name, one in self.named.items():
             with naming(name):
@@ -47,7 +61,7 @@ class Classifiers:
         for one in self.named.values():
             one.serve_promises()
 
-    def ask(self, names: str | Iterable[str]) -> tuple[dict[str, Head], FittedClassifier]:
+    def ask(self, names: str | Iterable[str]) -> tuple[dict[str, Head], FittedClassifier | EncoderAlone]:
         """The newest heads of these classifiers ("" is the only one), and the fit whose encoder all share, read at
         once. Raises IosrFastError for unknown names, and for one that was fitted again on another encoder."""
         if names == "" and len(self.named) == 1:
@@ -68,8 +82,16 @@ class Classifiers:
         """The one that all share now."""
         return self._read()[1].encoder
 
-    def _read(self) -> tuple[dict[str, FittedClassifier], FittedClassifier]:
+    @property
+    def text(self) -> TextEncoder | None:
+        """The text encoder of the model; None if it reads no texts, or they can't be embedded here."""
+        text = next((one._fitted().clip.text for one in self.named.values()), None)
+        return text if hasattr(text, "embed") else None  # type: ignore[return-value]
+
+    def _read(self) -> tuple[dict[str, FittedClassifier], FittedClassifier | EncoderAlone]:
         """The fits that embed alike, by name, and the one whose encoder all share."""
+        if self._alone is not None:
+            return {}, self._alone
         every = {name: one._fitted() for name, one in self.named.items()}
         fits = {name: fit for name, fit in every.items() if len(every) == 1 or embedding(fit) == self._alike}
         adapted = (fit for fit in fits.values() if fit.head.needs_adapted)

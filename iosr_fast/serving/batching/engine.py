@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.predictions import predict
 from iosr_fast.serving.batching.classifiers import Classifiers
-from iosr_fast.serving.batching.item import Item
+from iosr_fast.serving.batching.item import Item, Text
 
 Collect: TypeAlias = Callable[[Any, Embeddings, Any, str], None]
 log = logging.getLogger(__name__)
@@ -63,29 +64,33 @@ class Engine:
             run = Run(black=self._black(size))
             errors = {name: errors.get(name) or self._score_black(run, name) for name in self._classifiers.named}
         failed = [error for error in errors.values() if error is not None]
-        if len(failed) == len(errors):
+        if failed and len(failed) == len(errors):
             raise failed[0]
         self._judge(None, errors)
 
     def run(self, items: Sequence[Item]) -> Run:
-        """Set the outcome of every item: a Prediction, a tuple with one or an exception for each classifier, or an
-        exception.
+        """Set the outcome of every item: a Prediction, a tuple with one or an exception for each classifier, Embeddings
+        where none is asked, or an exception.
 
         After an error each image is tried alone, so that only those that fail twice get it. If a black image fails
         too, the engine fails on every image, and the rest gets the error at once. Likewise for each classifier, whose
         errors concern no other one.
         """
         run = Run()
-        answers: list[dict[str, Any]] = [{} for _ in items]  # by classifier
+        self._embed_texts([item for item in items if isinstance(item.image, Text)])
+        items = [item for item in items if not isinstance(item.image, Text)]
+        if not items:
+            return run
+        answers: list[dict[str, Any]] = [{} for _ in items]  # by classifier; of none what is embedded, by ""
         down = self._try(run, items, answers) and self._encode_black(run)
         for item, own in zip(items, answers, strict=True):
-            if down is None and len(own) < len(item.heads):
+            if down is None and len(own) < max(1, len(item.heads)):
                 down = self._try(run, [item], [own]) and self._encode_black(run)
         for item, own in zip(items, answers, strict=True):
             names, error = item.query.classifier, item.outcome or down
             if not own:
                 item.outcome = error
-            elif isinstance(names, str):
+            elif isinstance(names, str) or not names:
                 item.outcome = next(iter(own.values()))
             else:
                 item.outcome = tuple(own.get(name, error) for name in names)
@@ -112,7 +117,7 @@ class Engine:
                 self.failures.pop(name, None)
                 if name:
                     log.info("the classifier %r works again", name)
-        if down is None and len(self.failures) == len(self._classifiers.named):
+        if down is None and self.failures and len(self.failures) == len(self._classifiers.named):
             down = next(filter(None, heads.values()), self.last_error)
         if down is not None:
             self.last_error = down
@@ -142,6 +147,21 @@ class Engine:
         run.score_s += time.perf_counter() - encoded
         return None
 
+    def _embed_texts(self, items: Sequence[Item]) -> None:
+        """Set the outcomes of texts; after an error each is tried alone."""
+        text = self._classifiers.text if items else None
+        for part in [items, *([item] for item in items)]:
+            waiting = [item for item in part if not isinstance(item.outcome, Embeddings)]
+            try:
+                if waiting and text is None:
+                    raise IosrFastError("expected pictures: the encoder here reads no texts")
+                rows = text.embed([item.image for item in waiting]) if text and waiting else ()
+                for item, row in zip(waiting, rows, strict=True):
+                    item.outcome = Embeddings(row[None])
+            except Exception as error:
+                for item in waiting:
+                    item.outcome = _forget_frames(error)
+
     def _encode(self, encoder: Any, pixels: np.ndarray) -> Embeddings:
         with self._encoding if encoder.runs == 1 else nullcontext():
             embeddings: Embeddings = encoder.encode_on_device(pixels)
@@ -157,6 +177,8 @@ class Engine:
         groups: dict[Any, list[int]] = {}
         for row, item in enumerate(items):
             query = item.query
+            if not item.heads:
+                answers[row][""] = embeddings[np.array([row])].to_numpy()
             for name, head in item.heads.items():
                 if name not in answers[row]:
                     groups.setdefault((name, head, query.top, query.nearest, query.abstention), []).append(row)

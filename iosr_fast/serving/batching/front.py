@@ -18,7 +18,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.serving.batching.classifiers import Classifiers, naming
+from iosr_fast.serving.batching.classifiers import Classifiers, EncoderAlone, naming
 from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import Item, Observer, Query
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iosr_fast.classifier import Classifier
+    from iosr_fast.encoders.encoder import Encoder
 
 _MAX_DECODERS = 8
 _requests = itertools.count()
@@ -42,7 +43,7 @@ class BatchingClassifier:
     `classifiers` is a Classifier, or several by their names, with the same fingerprint of the encoder, geometry,
     exif_orientation and margin. An image is decoded and encoded once, however many of them are asked: by the encoder of
     the first one that compares adapted embeddings, else of the first one. One that is fitted again on another encoder
-    can't be asked any more.
+    can't be asked any more. In their place, an EncoderAlone embeds.
 
     Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
@@ -97,7 +98,7 @@ class BatchingClassifier:
 
     def __init__(
         self,
-        classifiers: Classifier | Mapping[str, Classifier],
+        classifiers: Classifier | Mapping[str, Classifier] | EncoderAlone,
         max_batch: int = 32,
         max_wait_ms: float = 2.0,
         max_queue: int = 256,
@@ -134,7 +135,8 @@ class BatchingClassifier:
 
     def submit(self, image: Any, **options: Any) -> Future[Any]:
         """Classify one image; returns a Future of its Prediction. `options` are the fields of Query. With a tuple of
-        names as `classifier` it is a Future of a tuple: the Prediction of each, or the exception with which it failed.
+        names as `classifier` it is a Future of a tuple: the Prediction of each, or the exception with which it failed;
+        with an empty one, of the Embeddings (1, D).
 
         The future raises BadImageError for an image that can't be read, DeadlineExceededError for one that was not
         encoded within `deadline_s` seconds, or the error of the engine. Cancelling it before its batch starts frees its
@@ -242,6 +244,16 @@ class BatchingClassifier:
     def classifiers(self) -> Mapping[str, Classifier]:
         """The classifiers by their names; a single one that came without has the name ""."""
         return self._classifiers.named
+
+    @property
+    def encoder(self) -> Encoder:
+        """The one that embeds now."""
+        return self._classifiers.encoder
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether a Text can be embedded."""
+        return self._classifiers.text is not None
 
     @property
     def failures(self) -> dict[str, Exception]:

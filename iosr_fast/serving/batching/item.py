@@ -63,7 +63,7 @@ class Query:
     queue; "" is the program itself, which may fill it. `keep` rejects pictures that belong to none of the classes,
     `max_error` says whose label is accepted (Abstention). `probe` is an image of the program's own, to see whether the
     engine works: it is not collected. `classifier` names the one that is asked, or several by a tuple, which answer
-    from the same embeddings; "" is the only one.
+    from the same embeddings; "" is the only one. An empty tuple asks for the Embeddings (1, D) alone.
     """
 
     top: int = 5
@@ -84,12 +84,16 @@ class Query:
             check_share("keep", self.keep)
         if self.max_error is not None:
             check_share("max_error", self.max_error, like=0.01)
-        if not isinstance(self.classifier, str) and (not isinstance(self.classifier, tuple) or not self.classifier):
+        if not isinstance(self.classifier, str | tuple):
             raise IosrFastError(f"expected classifier to be a name, or a tuple of names, got {self.classifier!r}")
 
     @property
     def abstention(self) -> Abstention:
         return Abstention(self.keep, max_error=self.max_error)
+
+
+class Text(str):
+    """A text in the place of an image, for the text encoder; its answer is an embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,9 @@ class Encoded:
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Item:
     """`deadline` and `submitted` are on time.monotonic's clock, in seconds. The future is resolved with a Prediction,
-    a tuple of them or their errors, or of a `whole` image with its pixels (height, width, 3). The header of encoded
-    bytes is read here alone, unless the image comes as Encoded. Of a `crop` by Sharing the image is its source."""
+    a tuple of them or their errors, Embeddings, or of a `whole` image with its pixels (height, width, 3). The header of
+    encoded bytes is read here alone, unless the image comes as Encoded. Of a `crop` by Sharing the image is its
+    source."""
 
     image: Any
     position: int  # in its request, for BadImageError

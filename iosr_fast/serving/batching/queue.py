@@ -18,7 +18,7 @@ import numpy as np
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.batching.admission import Admission
-from iosr_fast.serving.batching.item import Item, Observer, decoding_work, notify
+from iosr_fast.serving.batching.item import Item, Observer, Text, decoding_work, notify
 from iosr_fast.serving.batching.turns import Turns
 
 
@@ -90,7 +90,9 @@ class BatchQueue:
             )
         for item in items:
             item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
-            if not item.whole and item.crop is None and item.encoder.accepts(item.image):
+            if isinstance(item.image, Text) or (
+                not item.whole and item.crop is None and item.encoder.accepts(item.image)
+            ):
                 item.pixels = item.image
         to_decode = (item for item in items if item.pixels is None)
         pictures = [list(parts) for _, parts in groupby(to_decode, lambda item: id(item.picture))]

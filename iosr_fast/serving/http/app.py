@@ -11,10 +11,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from iosr_fast import __version__
-from iosr_fast.serving.http import classes, errors, health, lists, predict, schemas, static
+from iosr_fast.serving.http import classes, embed, errors, health, lists, predict, schemas, static
 from iosr_fast.serving.http.logs import logger
 from iosr_fast.serving.http.middleware import RequestMiddleware
-from iosr_fast.serving.http.site import Site
+from iosr_fast.serving.http.site import ServedClassifier, Site
 
 
 def _named(classifier: Annotated[str, Path(description="its name, of /v1/classifiers")]) -> None:
@@ -56,8 +56,10 @@ def create_app(site: Site) -> FastAPI:
     if not site.alone:
         app.include_router(predict.make_router_of_several(site))
     routes = APIRouter()
-    for router in (predict.make_router(site), lists.router, classes.make_router(site)):
-        routes.include_router(router)
+    routes.include_router(embed.make_router(site))
+    if isinstance(site.described, ServedClassifier):
+        for router in (predict.make_router(site), lists.router, classes.make_router(site)):
+            routes.include_router(router)
     pages = static.make_router()
     pages.get("/openapi.json")(openapi)
     named: Any = {"prefix": "/v1/classifiers/{classifier}", "dependencies": [Depends(_named)]}

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.site import ServedClassifier, Site
+from iosr_fast.serving.http.site import ServedEncoder, Site
 
 AFTER_S = 30.0  # without a classified image, /healthz classifies one
 WITHIN_S = 2.0  # expects an answer
@@ -26,7 +26,7 @@ class Probe:
     """Classifies a grey PNG, or a row of ones, if no image was classified for a while; one at a time, and any answer
     counts for all."""
 
-    def __init__(self, served: ServedClassifier) -> None:
+    def __init__(self, served: ServedEncoder) -> None:
         self._served = served
         self._lock = asyncio.Lock()
 
@@ -46,8 +46,9 @@ class Probe:
                 async with asyncio.timeout(WITHIN_S):
                     asked: dict[str, Any] = {"top": 1, "deadline_s": WITHIN_S, "probe": True, "classifier": names}
                     answers = await batching.classify(self._served.uploads.probe, **asked)
-                if all(isinstance(answer, Exception) for answer in answers):
-                    raise answers[0]
+                failed = [answer for answer in answers if isinstance(answer, Exception)] if names else []
+                if failed and len(failed) == len(names):
+                    raise failed[0]
             except QueueFullError:
                 return busy
             except ClosedError:
@@ -103,7 +104,7 @@ def make_router(site: Site) -> APIRouter:
         return Response(rendered.text, headers={"Content-Type": CONTENT_TYPE})
 
     def render() -> bytes:
-        for served in every:
+        for served in site.classifiers:
             if served.collector is not None:
                 served.collector.read_labels(served.head)  # for the next scrape
         return site.metrics.text()

@@ -86,6 +86,15 @@ class EngineMetrics:
     def on_refused(self, reason: str) -> None:
         self._metrics.refusals.labels(reason, *self._labels).inc()
 
+    def watch(self, served: Any) -> None:
+        """Read the state of a site.ServedEncoder at each scrape: queue, bodies."""
+        site, batching, limit = served.site, served.batching, served.site.settings.max_queue
+        gauge: Any = partial(self._metrics.gauge, **({} if site.alone else {"engine": served.name}))
+        gauge("queue_images", "Images accepted and not yet answered", lambda: batching.pending)
+        gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: limit)
+        self._metrics.gauge("body_bytes", "Bytes of request bodies in memory", lambda: site.bodies.used)
+        gauge("healthy", "1 while the engine works", lambda: float(batching.healthy))
+
 
 class ClassifierMetrics:
     """What is counted of one classifier; with the name "" of several, of requests to none of them."""
@@ -95,20 +104,11 @@ class ClassifierMetrics:
         self._series: set[tuple[str, str]] = set()
 
     def watch(self, served: Any) -> None:
-        """Read the state of a site.ServedClassifier at each scrape: queue, bodies, version, classes."""
+        """Read the state of a site.ServedClassifier at each scrape: version, classes, recent answers, checks."""
         from iosr_fast import __version__
 
-        site, batching, recent = served.site, served.batching, served.recent
-        gauge: Any = self._metrics.gauge
-        if served.is_first:
-            engine = {} if site.alone else {"engine": served.name}
-            gauge("queue_images", "Images accepted and not yet answered", lambda: batching.pending, **engine)
-            limit = site.settings.max_queue
-            gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: limit, **engine)
-            gauge("body_bytes", "Bytes of request bodies in memory", lambda: site.bodies.used)
-            gauge("healthy", "1 while the engine works", lambda: float(batching.healthy), **engine)
-        own = {} if site.alone else {"classifier": served.name}
-        gauge = partial(gauge, **own)
+        recent = served.recent
+        gauge: Any = partial(self._metrics.gauge, **({} if served.site.alone else {"classifier": served.name}))
         gauge("model_version", "Version of the classes; each change increases it", lambda: served.classifier.version)
         gauge("classes", "Classes", lambda: len(served.head.uids))
         gauge("read_only", "1 while changes can't be logged", lambda: float(bool(served.classifier.log_failure)))

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy, error_response, internal_error, is_routed
 from iosr_fast.serving.http.logs import CLASSIFIER, TOKEN_NAME, log, logger
-from iosr_fast.serving.http.site import ServedClassifier, Site
+from iosr_fast.serving.http.site import ServedClassifier, ServedEncoder, Site
 from iosr_fast.serving.http.tokens import Token, find_token
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -25,7 +25,7 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-r
 _DISCONNECTED = 499  # as in nginx: the client closed the connection before the answer
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _NAMED = re.compile(r"/v1/classifiers/([^/]*)/.*", re.DOTALL)
-_ASKS = re.compile(r"/v1/(classifiers/[^/]*/)?predict")  # by POST, and changes nothing
+_ASKS = re.compile(r"/v1/(classifiers/[^/]*/)?(predict|embeddings)")  # by POST, and changes nothing
 SERVED, BODY = "iosr_fast.served", "iosr_fast.body"  # keys of a scope
 _MAX_OTHER = 64 << 10  # bytes of a body without images, such as a name with descriptions; only POST takes images
 
@@ -99,7 +99,7 @@ class RequestMiddleware:
                 **({} if code is None else {"code": code}),
             )
 
-    def _find(self, path: str) -> tuple[ServedClassifier | None, ApiError | None]:
+    def _find(self, path: str) -> tuple[ServedEncoder | None, ApiError | None]:
         """The classifier whose request it is, None of several without a name in the path; or the answer instead."""
         named = _NAMED.fullmatch(path)
         try:
@@ -117,9 +117,9 @@ def _template(scope: Scope) -> str:
     return "/v1" + path.removeprefix("/v1").removeprefix("/classifiers/{classifier}")
 
 
-def served_of(request: Request) -> ServedClassifier:
-    """The classifier whose request it is, for a dependency of a route. Raises ApiError where it names none."""
-    served: ServedClassifier | None = request.scope[SERVED]
+def served_of(request: Request) -> Any:
+    """What a request asks, a ServedClassifier or an encoder alone, for routes. Raises ApiError where it names none."""
+    served: ServedEncoder | None = request.scope[SERVED]
     if served is None:
         expected = "expected /v1/classifiers/NAME/..., as this server has several"
         raise ApiError(404, "no_classifier", f"{expected}; /v1/classifiers lists all classifiers")
@@ -129,7 +129,7 @@ def served_of(request: Request) -> ServedClassifier:
 Served = Annotated[ServedClassifier, Depends(served_of)]  # of a route
 
 
-def check_token(site: Site, served: ServedClassifier | None, scope: Scope, token: Token | None) -> None:
+def check_token(site: Site, served: ServedEncoder | None, scope: Scope, token: Token | None) -> None:
     """Raise ApiError for a request that needs another token: 401 without a right one, 403 where it may only predict, or
     where the server takes no changes.
 
@@ -166,7 +166,7 @@ class BoundedBody:
     """
 
     def __init__(
-        self, scope: Scope, receive: Receive, site: Site, served: ServedClassifier | None, content_length: bytes
+        self, scope: Scope, receive: Receive, site: Site, served: ServedEncoder | None, content_length: bytes
     ) -> None:
         self._receive, self._shares, self._timeout_s = receive, site.bodies, site.settings.body_timeout_s
         most = site.settings.max_body_bytes if served is None else served.uploads.max_body

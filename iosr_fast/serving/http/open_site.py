@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.engine_folder import ENGINE_KIND
+from iosr_fast.encoders.engine_folder import ENGINE_KIND, check_engine
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.sealed.files import open_regular
 from iosr_fast.sealed.manifest import MANIFEST
+from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.batching.classifiers import EncoderAlone
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.logs import CLASSIFIER
 from iosr_fast.serving.http.metrics import ClassifierMetrics, EngineMetrics
 from iosr_fast.serving.http.settings import NAME, Settings
-from iosr_fast.serving.http.site import ServedClassifier, Site
+from iosr_fast.serving.http.site import ServedClassifier, ServedEncoder, Site
 from iosr_fast.store.bundle import Bundle, kind_of, load
 from iosr_fast.utils.machine import split_cores, usable_threads
 
@@ -60,7 +62,8 @@ def _inside(path: Path) -> list[Path]:
 
 @contextmanager
 def open_site(folders: Mapping[str, Path], settings: Settings, cores: int | None = None) -> Iterator[Site]:
-    """A Site of the classifiers in `folders`, by name, on so many cores (None: all), which answer until the block ends.
+    """A Site of the classifiers in `folders`, by name, or of one engine, on so many cores (None: all), until the block
+    ends.
 
     Raises the error of a single classifier that can't be opened (its name is ""), and IosrFastError where none of
     several can; others are `refused`.
@@ -69,9 +72,12 @@ def open_site(folders: Mapping[str, Path], settings: Settings, cores: int | None
         settings.check_several()
     site = Site(settings, folders)
     with ExitStack() as closing:
-        for group in open_classifiers(site, cores):
-            with site.refusing(*group):
-                _start(site, group, closing)
+        if site.alone and kind_of(folders[""]) == ENGINE_KIND:
+            _start_encoder(site, closing, cores)
+        else:
+            for group in open_classifiers(site, cores):
+                with site.refusing(*group):
+                    _start(site, group, closing)
         if not site.served:
             raise IosrFastError("; ".join(f"{name} can't be served: {why}" for name, why in site.refused.items()))
         yield site
@@ -80,16 +86,10 @@ def open_site(folders: Mapping[str, Path], settings: Settings, cores: int | None
 def open_classifiers(site: Site, cores: int | None = None) -> list[dict[str, Classifier]]:
     """The classifiers of a site, on so many cores; None: all. Those in one mapping share an encoder, which is opened
     once.
-
-    On a CPU the encoder has about as many runs as threads. Each run has batches of its own, so a core that a decoder
-    or a request takes delays one run. One run on all cores would wait at every layer for the core that is taken. One
-    thread a run would be slow for a lone image, so there are two or more on four cores.
     """
     from iosr_fast.classifier import open_together
 
-    cores = cores or usable_threads()
-    root = math.ceil(math.sqrt(cores))
-    runs, threads = split_cores(cores, root, min(2 * root - 1, cores // 2 if cores > 3 else cores))
+    runs, threads = _runs(cores)
     groups: dict[object, dict[str, Bundle]] = {}
     for name, folder in site.folders.items():
         with site.refusing(name):
@@ -104,6 +104,35 @@ def open_classifiers(site: Site, cores: int | None = None) -> list[dict[str, Cla
             classifiers = open_together([*group.values()], runtime, threads, runs)
             opened.append(dict(zip(group, classifiers, strict=True)))
     return opened
+
+
+def _runs(cores: int | None) -> tuple[int, int]:
+    """Runs of an encoder at a time, and threads of each.
+
+    On a CPU there are about as many runs as threads. Each run has batches of its own, so a core that a decoder or a
+    request takes delays one run. One run on all cores would wait at every layer for the core that is taken. One thread
+    a run would be slow for a lone image, so there are two or more on four cores.
+    """
+    cores = cores or usable_threads()
+    root = math.ceil(math.sqrt(cores))
+    return split_cores(cores, root, min(2 * root - 1, cores // 2 if cores > 3 else cores))
+
+
+def _start_encoder(site: Site, closing: ExitStack, cores: int | None) -> None:
+    """Serve the only folder, an engine, which embeds."""
+    from iosr_fast.encoders.runtimes import open_engine
+
+    settings = site.settings
+    if [settings.log, settings.collect, settings.max_error] != [None] * 3:
+        raise IosrFastError("an engine has no classes: leave out --log, --collect and --max-error")
+    folder = open_verified(site.folders[""], ENGINE_KIND, True, settings.expected_digest)
+    check_engine(folder)
+    runs, threads = _runs(cores)
+    encoder = open_engine(folder, settings.runtime, True, threads, runs)
+    observer = EngineMetrics(site.metrics)
+    batching = make_batching(EncoderAlone(encoder), encoder, settings, observer=observer)
+    closing.callback(batching.close, settings.grace_s)
+    site.served[""] = ServedEncoder(site, "", settings, batching, observer, site.server_metrics)
 
 
 def _start(site: Site, group: Mapping[str, Classifier], closing: ExitStack) -> None:
@@ -127,11 +156,13 @@ def _start(site: Site, group: Mapping[str, Classifier], closing: ExitStack) -> N
     engine_metrics = EngineMetrics(site.metrics, next(iter(ready)))
     collect = {name: collector.offer for name, (_, _, collector) in ready.items() if collector is not None}
     classifiers = {name: group[name] for name in ready}
-    batching = make_batching(classifiers, site.settings, observer=engine_metrics, collect=collect)
+    encoder = next(iter(classifiers.values())).encoder
+    batching = make_batching(classifiers, encoder, site.settings, observer=engine_metrics, collect=collect)
     closing.callback(batching.close, site.settings.grace_s)
     for name, (settings, metrics, collector) in ready.items():
-        site.served[name] = ServedClassifier(site, name, settings, batching, engine_metrics, metrics, collector)
-        closing.callback(site.served[name].close, 0.0)  # a change that still runs had `grace_s` s, as its request had
+        parts = site, name, settings, batching, engine_metrics, metrics
+        site.served[name] = served = ServedClassifier(*parts, collector=collector)
+        closing.callback(served.close, 0.0)  # a change that still runs had `grace_s` seconds, as its request had
 
 
 def _open_collector(
@@ -145,11 +176,10 @@ def _open_collector(
     return Collector(settings.collect, *options, classifier.snapshot().is_multi_label)
 
 
-def make_batching(classifiers: Mapping[str, Classifier], settings: Settings, **options: Any) -> BatchingClassifier:
+def make_batching(classifiers: Any, encoder: Encoder, settings: Settings, **options: Any) -> BatchingClassifier:
     """A BatchingClassifier with these limits, whose decoders run in processes; `options` go to its constructor."""
     from PIL import Image
 
-    encoder = next(iter(classifiers.values())).encoder
     own: dict[str, Any] = {"isolated": True, "decode_threads": settings.decode_threads}
     own["max_batch"] = batch_for(encoder, settings)
     if isinstance(encoder, Rows):  # nothing to decode, and little that a large batch delays

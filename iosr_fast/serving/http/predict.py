@@ -25,7 +25,7 @@ from iosr_fast.serving.http.lists import KEEP_SHARE
 from iosr_fast.serving.http.logs import CLASSIFIER, logger
 from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.middleware import BODY, Served
-from iosr_fast.serving.http.site import ServedClassifier, Site
+from iosr_fast.serving.http.site import ServedClassifier, ServedEncoder, Site
 from iosr_fast.serving.http.uploads import Images
 from iosr_fast.utils.text import abbreviate
 
@@ -144,7 +144,7 @@ async def _ask_several(site: Site, request: Request, query: Any) -> tuple[dict[s
     engines: dict[BatchingClassifier, list[ServedClassifier]] = {}
     for name in names:
         try:
-            served = site.find(name)
+            served: Any = site.find(name)
             engines.setdefault(served.batching, []).append(served)
         except ApiError as error:
             if error.status_code == 404:
@@ -182,7 +182,11 @@ async def _ask(group: Sequence[ServedClassifier], request: Request, query: Any) 
                 asked.append(served)
             except IosrFastError as error:
                 answers[served.name] = error
-        results = await _classify(asked, request, good, query) if good and asked else []
+        results: Sequence[Any] = []
+        if good and asked:
+            options = {"top": query.top, "nearest": query.nearest, **vars(query.abstention)}
+            names = tuple(served.name for served in asked)
+            results = await ask(asked[0], request, good, query.deadline_ms / 1e3, classifier=names, **options)
     except ClientDisconnect:
         raise
     except Exception as error:
@@ -194,7 +198,7 @@ async def _ask(group: Sequence[ServedClassifier], request: Request, query: Any) 
             answers[served.name] = _answer(served, request, images, own)
         except Exception as error:
             answers[served.name] = error
-    return {one.name: _known(one, answers[one.name]) for one in group}
+    return {one.name: known(one, answers[one.name]) for one in group}
 
 
 async def _check_promise(served: ServedClassifier, abstention: Abstention) -> None:
@@ -204,18 +208,16 @@ async def _check_promise(served: ServedClassifier, abstention: Abstention) -> No
     abstention.check(served.head)
 
 
-async def _classify(
-    asked: Sequence[ServedClassifier], request: Request, images: Sequence[Any], query: Any
+async def ask(
+    served: ServedEncoder, request: Request, images: Sequence[Any], deadline_s: float, **options: Any
 ) -> Sequence[Any]:
-    """For each image a tuple of what the classifiers answer, or an exception. A client that disconnects gives up its
-    places in the queue."""
-    deadline_s = query.deadline_ms / 1e3 - _since_body(request)
+    """For each image its answer (batching.Query has the `options`), or an exception. `deadline_s` is that from the last
+    byte of the request. A client that disconnects gives up its places in the queue."""
+    deadline_s -= _since_body(request)
     if deadline_s <= 0:
         raise DeadlineExceededError("no answer in time")
-    names, abstention = tuple(served.name for served in asked), query.abstention
-    options = {"top": query.top, "nearest": query.nearest, "keep": abstention.keep, "max_error": abstention.max_error}
-    options |= {"classifier": names, "client": client_of(request.client), "deadline_s": deadline_s}
-    task = asyncio.ensure_future(asked[0].batching.classify_many(images, **options))
+    options |= {"client": client_of(request.client), "deadline_s": deadline_s}
+    task = asyncio.ensure_future(served.batching.classify_many(images, **options))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -269,11 +271,11 @@ def _in_place(metrics: ClassifierMetrics, error: ApiError) -> dict[str, Any]:
     return error_body(error.code, error.detail)
 
 
-def _known(served: ServedClassifier, answer: Any) -> Any:
+def known(served: ServedEncoder, answer: Any) -> Any:
     """An answer; of an exception of the queue or of an image that did not cause it, the error of the whole request."""
     if isinstance(answer, ApiError) or not isinstance(answer, Exception):
         return answer
-    known = of_library(answer, "no_promise")
-    if known is answer and served.failure:
+    error = of_library(answer, "no_promise")
+    if error is answer and served.failure:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
-    return known
+    return error

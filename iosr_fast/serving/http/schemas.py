@@ -168,6 +168,32 @@ class LabelledExamplesAnswer:
     next: str | None
 
 
+class EmbeddingItem(BaseModel):
+    """An embedding: numbers, or base64 of little-endian float32."""
+
+    object: str
+    embedding: list[float] | str
+    index: int
+
+
+class Usage(BaseModel):
+    """Always 0: tokens are not counted."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    """Embeddings in the order of what was sent, as OpenAI and infinity-emb answer."""
+
+    object: str
+    data: list[EmbeddingItem]
+    model: str
+    usage: Usage
+    id: str
+    created: int
+
+
 class StateAnswer(BaseModel):
     """`status` is "ok" or the reason for a 503; `detail` explains it."""
 
@@ -193,6 +219,20 @@ def form_body(fields: dict[str, dict[str, Any]], *required: str) -> dict[str, An
     schema = {"type": "object", "properties": fields, "additionalProperties": False}
     form = {"schema": {**schema, "required": required} if required else schema}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
+
+
+def embeddings_body(max_images: int) -> dict[str, Any]:
+    """openapi_extra of a route that takes data URLs and texts as JSON, or images in a form."""
+    text, encoding = {"type": "string"}, {"type": "string", "enum": ["float", "base64"]}
+    kind = {"type": "string", "enum": ["plain", "adapted"]}
+    options: dict[str, Any] = {"model": text, "encoding_format": encoding, "embedding": kind}
+    several = {"type": "array", "items": text, "minItems": 1, "maxItems": max_images}
+    more = {"modality": {"type": "string", "enum": ["image", "text"]}, "dimensions": {"type": "integer"}, "user": text}
+    fields = {"input": {"anyOf": [text, several]}, **options, **more}
+    body = form_body(options | images_field(1, max_images), "images")
+    schema = {"type": "object", "properties": fields, "additionalProperties": False, "required": ["input"]}
+    body["requestBody"]["content"]["application/json"] = {"schema": schema}
+    return body
 
 
 def image_body(max_images: int) -> dict[str, Any]:

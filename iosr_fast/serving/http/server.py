@@ -73,12 +73,10 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
                     "loaded",
                     version=__version__,
                     bundle=str(folders[served.name]),
-                    classes=len(served.classifier.classes_),
-                    model_version=served.classifier.version,
-                    method=served.classifier.method_,
+                    **served.facts,
                     seconds=round(time.perf_counter() - start, 3),
                 )
-                for sentence in served.head.doubts:
+                for sentence in served.doubts:
                     log("doubt", level=logging.WARNING, sentence=sentence)
             CLASSIFIER.set("")
             for name, why in site.refused.items():
@@ -96,7 +94,7 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
         log("stopped", seconds=round(time.perf_counter() - start, 3))
-    if any(served.unfinished for served in site.served.values()):
+    if any(served.unfinished for served in site.classifiers):
         os._exit(0)  # the interpreter would wait for the thread of an abandoned change
     if server.failure is not None:
         raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +49,10 @@ class Site:
         self.server_metrics = ClassifierMetrics(self.metrics)  # of requests that concern no classifier of several
         self.bodies = Shares(_BODIES * settings.max_body_bytes)
         self.loading = self.draining = False
-        self.served: dict[str, ServedClassifier] = {}
+        self.served: dict[str, ServedEncoder] = {}  # classifiers, or one encoder alone
         self.refused: dict[str, str] = {}
 
-    def find(self, name: str) -> ServedClassifier:
+    def find(self, name: str) -> ServedEncoder:
         """The classifier of this name; "" is the only one. Raises ApiError."""
         if self.alone and name in ("", self.only):
             return self.served[""]
@@ -79,12 +79,17 @@ class Site:
             self.refused.update(dict.fromkeys(names, why))
 
     @property
-    def engines(self) -> list[ServedClassifier]:
+    def engines(self) -> list[ServedEncoder]:
         """Of each BatchingClassifier the first one that it serves, whose name its metrics have."""
         return [one for one in self.served.values() if one.is_first]
 
     @property
-    def described(self) -> ServedClassifier:
+    def classifiers(self) -> list[ServedClassifier]:
+        """Those that have a classifier."""
+        return [one for one in self.served.values() if isinstance(one, ServedClassifier)]
+
+    @property
+    def described(self) -> ServedEncoder:
         """The one that OpenAPI describes: the first that takes images, if any does."""
         return max(self.served.values(), key=lambda one: one.takes_changes)
 
@@ -99,7 +104,7 @@ class Site:
     def listed(self) -> list[schemas.Listed]:
         """All classifiers, by name."""
         listed = [schemas.Listed(name, error) for name, error in self.refused.items()]
-        for one in self.served.values():
+        for one in self.classifiers:
             head, source = one.head, one.classifier.encoder.source
             model = None if source is None else source.manifest["model"]
             facts = len(head.uids), head.version, model, head.config.method
@@ -107,11 +112,11 @@ class Site:
         return sorted(listed, key=lambda one: one.name)
 
 
-class ServedClassifier:
-    """A classifier of a `site`: what answers for it, collects for it and changes it.
+class ServedEncoder:
+    """An encoder of a `site`, which embeds; `batching` is closed by the caller."""
 
-    The caller closes `batching` and `collector`; `close` closes the log of the classifier.
-    """
+    takes_changes = False
+    collector: Collector | None = None
 
     def __init__(
         self,
@@ -121,27 +126,74 @@ class ServedClassifier:
         batching: BatchingClassifier,
         engine_metrics: EngineMetrics,
         metrics: ClassifierMetrics,
-        collector: Collector | None = None,
     ) -> None:
-        self.site, self.name, self.settings = site, name, settings
+        self.site, self.name, self.settings, self.metrics = site, name, settings, metrics
         self.batching, self.engine_metrics = batching, engine_metrics
-        self.metrics, self.collector = metrics, collector
-        self.recent = Recent(self.classifier)
-        encoder = self.classifier.encoder
-        self.takes_changes = not isinstance(encoder, Rows)
-        self.uploads = (
-            EmbeddingUploads(settings, encoder) if isinstance(encoder, Rows) else Uploads(settings, encoder.geometry)
-        )
-        # A single thread, so that no other change comes between the checks of a change and the change itself.
-        self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
-        self.unfinished: set[Future[Any]] = set()  # the running change, and those that wait
-        self._asking = asyncio.Lock()  # of `serve_unknown`
-        metrics.watch(self)
+        self.uploads = Uploads(settings, batching.encoder.geometry)
+        if self.is_first:
+            engine_metrics.watch(self)
 
     @property
     def is_first(self) -> bool:
         """Whether its name is that of its engine, in metrics."""
-        return self.name == next(iter(self.batching.classifiers))
+        return self.name == next(iter(self.batching.classifiers), "")
+
+    @property
+    def model(self) -> str:
+        """The name of the encoder's model."""
+        source = self.batching.encoder.source
+        return self.site.only if source is None else str(source.manifest["model"])
+
+    @property
+    def models(self) -> set[str]:
+        """What clients may call the model."""
+        return {self.model, self.name or self.site.only}
+
+    @property
+    def sentence(self) -> str:
+        """What is told in the place of a page; "" if there is one."""
+        return "POST images as data URLs to /v1/embeddings; /openapi.json describes it."
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the log says of it when it is loaded."""
+        return {"model": self.model}
+
+    @property
+    def doubts(self) -> Sequence[str]:
+        """What speaks against its promises."""
+        return ()
+
+    @property
+    def note(self) -> str:
+        """What is wrong with an encoder that answers: decoders are not confined."""
+        return self.batching.decoders_warning
+
+    @property
+    def failure(self) -> str:
+        """Why no image can be answered; "" if it can."""
+        error = self.batching.failures.get(self.name) if self.batching.healthy else self.batching.last_error
+        return "" if error is None else str(error) or repr(error)
+
+
+class ServedClassifier(ServedEncoder):
+    """A classifier of a site: what answers for it, collects for it and changes it.
+
+    The caller closes `collector`, too; `close` closes the log of the classifier.
+    """
+
+    def __init__(self, *parts: Any, collector: Collector | None = None) -> None:
+        super().__init__(*parts)
+        self.collector, self.recent = collector, Recent(self.classifier)
+        encoder = self.classifier.encoder
+        self.takes_changes = not isinstance(encoder, Rows)
+        if isinstance(encoder, Rows):
+            self.uploads = EmbeddingUploads(self.settings, encoder)
+        # A single thread, so that no other change comes between the checks of a change and the change itself.
+        self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
+        self.unfinished: set[Future[Any]] = set()  # the running change, and those that wait
+        self._asking = asyncio.Lock()  # of `serve_unknown`
+        self.metrics.watch(self)
 
     @property
     def classifier(self) -> Classifier:
@@ -159,13 +211,20 @@ class ServedClassifier:
         are not confined."""
         if failure := self.classifier.log_failure:
             return f"read-only: the last change could not be logged ({failure}); the next one tries again"
-        return self.batching.decoders_warning
+        return super().note
 
     @property
-    def failure(self) -> str:
-        """Why no image can be classified; "" if it can."""
-        error = self.batching.failures.get(self.name) if self.batching.healthy else self.batching.last_error
-        return "" if error is None else str(error) or repr(error)
+    def sentence(self) -> str:
+        return self.uploads.sentence
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        one = self.classifier
+        return {"classes": len(one.classes_), "model_version": one.version, "method": one.method_}
+
+    @property
+    def doubts(self) -> Sequence[str]:
+        return self.head.doubts
 
     async def serve_unknown(self) -> None:
         """Compute what `keep` rests on, for whoever asks for it first; from then on changes do."""

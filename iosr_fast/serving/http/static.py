@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.middleware import SERVED
-from iosr_fast.serving.http.site import ServedClassifier
+from iosr_fast.serving.http.site import ServedEncoder
 
 FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -30,11 +30,11 @@ def make_router() -> APIRouter:
     @router.get("/")
     @router.get("/static/{name}")
     async def page(request: Request, name: str = "") -> Response:
-        served: ServedClassifier | None = request.scope[SERVED]
+        served: ServedEncoder | None = request.scope[SERVED]
         name = name or ("classifiers.html" if served is None else "index.html")
         content, kind = files.get(name, (b"", ""))
-        if served is not None and served.uploads.sentence:
-            content, kind = served.uploads.sentence.encode() if name == "index.html" else b"", "text/plain"
+        if served is not None and served.sentence:
+            content, kind = served.sentence.encode() if name == "index.html" else b"", "text/plain"
         if not content:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
         headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
