@@ -16,7 +16,7 @@ from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.serving.http.open_site import open_site
 from iosr_fast.serving.http.settings import Settings
 from tests.pictures import GREY
-from tests.serving.http_client import Client, Gate, error_of, form, load, queries, serving
+from tests.serving.http_client import TOKEN, Client, Gate, error_of, form, load, queries, serving
 
 
 def url(image: bytes) -> str:
@@ -41,15 +41,14 @@ def encoded(client: Client, images: list[bytes]) -> Embeddings:
 def engine(shared: Client) -> Iterator[Client]:
     """A client of a server of an engine folder alone."""
     source = shared.served.classifier.encoder.source
-    with open_site(
-        {"": Path(source.folder)}, Settings(token="all a-token-for-tests-only\nshop shops-secret-1 predict")
-    ) as site:
+    settings = Settings(token=f"all {TOKEN}\nshop shops-secret-token predict")
+    with open_site({"": Path(source.folder)}, settings) as site:
         client = Client(site)
         yield client
         client.close()
 
 
-HEADERS = {"Authorization": "Bearer shops-secret-1"}
+HEADERS = {"Authorization": "Bearer shops-secret-token"}
 
 
 def embed(client: Client, **body: Any) -> Any:
@@ -112,7 +111,7 @@ def test_what_can_not_be_embedded_is_refused(engine: Client, body: dict[str, Any
 
 
 def test_an_engine_alone_has_no_classes(engine: Client) -> None:
-    assert error_of(engine.ask("POST", "/v1/predict", content=GREY), 404) == "not_found"
+    assert error_of(engine.ask("POST", "/v1/predict", content=GREY, headers=HEADERS), 404) == "not_found"
     assert engine.get("/readyz").json()["status"] == engine.get("/healthz").json()["status"] == "ok"
     assert "iosr_fast_queue_images 0.0" in engine.get("/metrics").text and "embeddings" in engine.get("/").text
     assert list(engine.get("/openapi.json").json()["paths"]) == ["/v1/embeddings", "/healthz", "/readyz", "/metrics"]
@@ -127,7 +126,7 @@ def test_embeddings_wait_in_the_queue_of_predictions() -> None:
     gate = Gate(classifier)
     with serving(classifier, max_batch=1, max_queue=2, max_images=2) as client:
         gate.shut()
-        waiting = client.start("POST", "/v1/embeddings", json={"input": [url(GREY), "a cat"]})
+        waiting = client.start("POST", "/v1/embeddings", json={"input": [url(GREY), url(GREY)]})
         assert gate.entered.wait(20)
         assert error_of(client.predict(GREY), 503) == error_of(embed(client, input=url(GREY)), 503) == "queue_full"
         gate.open()

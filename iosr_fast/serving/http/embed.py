@@ -32,7 +32,7 @@ _ANY = "default/not-specified"
 _JSON = "JSON with `input`, a text or a data URL (data:image/jpeg;base64,...) or a list of them"
 _ABOUT = (
     "POST JSON in the shape of OpenAI's embeddings, or a form with the file fields `images`. `input` is a data URL of "
-    "an image, or a text where the encoder reads texts, or a list; nothing is fetched from other addresses. `embedding` "
+    "an image, or a text where the encoder reads texts, or a list; nothing is fetched from an address. `embedding` "
     "is `plain`, which compares with texts, or `adapted`, which compares images alone, of an encoder with an adapter. "
     "Embeddings are L2-normalised float32, as numbers or as base64 of little-endian bytes. One image that can't be "
     "embedded refuses the request."

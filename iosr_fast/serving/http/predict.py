@@ -184,9 +184,9 @@ async def _ask(group: Sequence[ServedClassifier], request: Request, query: Any) 
                 answers[served.name] = error
         results: Sequence[Any] = []
         if good and asked:
-            options = {"top": query.top, "nearest": query.nearest, **vars(query.abstention)}
-            names = tuple(served.name for served in asked)
-            results = await ask(asked[0], request, good, query.deadline_ms / 1e3, classifier=names, **options)
+            options = {"top": query.top, "nearest": query.nearest, "max_error": query.max_error}
+            options |= {"keep": query.abstention.keep, "classifier": tuple(served.name for served in asked)}
+            results = await ask(asked[0], request, good, query.deadline_ms / 1e3, **options)
     except ClientDisconnect:
         raise
     except Exception as error:
