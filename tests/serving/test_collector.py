@@ -6,7 +6,7 @@ import csv
 import errno
 import math
 import os
-import signal
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -19,19 +19,19 @@ import pytest
 
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.files.source import read_source
 from iosr_fast.head.labelled_images import labelled_images
-from iosr_fast.serving import check_sample, collector
+from iosr_fast.serving import collector
 from iosr_fast.serving.batching.decoder import grey_png
-from iosr_fast.serving.collector import TABLE, Collector
+from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.kept_folder import LABELS, SECRET
+from iosr_fast.serving.kept_folder import LABELS, SECRET, STATE
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, Client, form, load, probe_soon, queries, query_labels, serving
 from tests.waiting import wait_until
 
-MAX_ERROR = 0.3
+MAX_ERROR, TABLE, CHECKS = 0.3, "collected.csv", "checks.csv"
 
 
 @contextmanager
@@ -60,9 +60,9 @@ def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def save_labels(folder: Path, labels: dict[str, str], name: str = LABELS, column: str = "label") -> None:
+def save_labels(folder: Path, labels: dict[str, str], column: str = "label") -> None:
     text = "".join(f"{path},{label}\n" for path, label in labels.items())
-    (folder / name).write_text(f"path,{column}\n{text}", encoding="utf-8")
+    (folder / LABELS).write_text(f"path,{column}\n{text}", encoding="utf-8")
 
 
 def noise(seed: int = 0) -> np.ndarray:
@@ -71,7 +71,7 @@ def noise(seed: int = 0) -> np.ndarray:
 
 
 def pictures(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {TABLE, LABELS, SECRET}
+    return {path.name for path in folder.iterdir()} - {TABLE, LABELS, SECRET, STATE}
 
 
 def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_oldest_without_a_label_go_and_labelled_ones_stay(tmp_path: Path) ->
 
 
 def test_a_client_with_most_pictures_loses_its_own_oldest(tmp_path: Path) -> None:
-    """Across a restart, too; rows of a table without the column are those of one client."""
+    """Across a restart, too."""
     with collecting(tmp_path, limit=4) as (_, _, send):
         send(0, by="192.0.2.1")
         send(1, 2, 3, 4, by="192.0.2.2")
@@ -135,12 +135,6 @@ def test_a_client_with_most_pictures_loses_its_own_oldest(tmp_path: Path) -> Non
         assert kept[0] == rows[0] and [row["client"] for row in kept[1:]].count(rows[1]["client"]) == 2
         assert [len({row["client"] for row in kept}), len(kept)] == [3, 4]
         assert "192.0.2" not in (tmp_path / TABLE).read_text()
-    lines = [",".join(row[name] for name in collector.COLUMNS[:-1]) for row in kept]
-    (tmp_path / TABLE).write_text("\n".join([",".join(collector.COLUMNS[:-1]), *lines, ""]))
-    with collecting(tmp_path, limit=4) as (_, _, send):
-        send(8, 9, 10, by="192.0.2.1")
-        assert [row["path"] for row in table(tmp_path)[:2]] == [row["path"] for row in kept[2:]]
-    assert len(read_source([str(tmp_path / TABLE)]).paths) == 4
 
 
 def test_what_waits_to_be_judged_is_shared_and_one_reading_waits(
@@ -171,58 +165,107 @@ def test_what_waits_to_be_judged_is_shared_and_one_reading_waits(
     assert outcomes.count("failed") == 5
 
 
-@pytest.mark.parametrize("name", [TABLE, LABELS, check_sample.TABLE, SECRET])
-def test_a_pipe_in_the_folder_is_an_error_and_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / name)
-
-    def waited(*_: Any) -> None:
-        raise TimeoutError("it waits for the pipe's writer")
-
-    before = signal.signal(signal.SIGALRM, waited)
-    signal.alarm(10)
-    try:
-        with pytest.raises(IosrFastError, match=f"expected a regular file at .*{name}"):
-            Collector(tmp_path, 10, MAX_ERROR, check_share=0.5)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_rows_that_an_editor_saves_over_come_back_and_all_files_count(tmp_path: Path) -> None:
-    with collecting(tmp_path, limit=5) as (_, outcomes, send):
-
-        def after(*numbers: int) -> list[dict[str, str]]:
-            send(*numbers)
-            assert pictures(tmp_path) == {row["path"] for row in table(tmp_path)}
-            return table(tmp_path)
-
-        opened = after(0, 1)
-        after(2, 3, 4)
-        save_labels(tmp_path, {opened[0]["path"]: "", opened[1]["path"]: "-apple"}, TABLE)
-        rows = after(5)
-        assert len(rows) == 5 and outcomes.count("kept") == 6
-        assert (rows[0]["path"], rows[0]["label"]) == (opened[1]["path"], "'-apple")  # the oldest without a label went
-        (tmp_path / TABLE).unlink()
-        assert [row["path"] for row in after(6)] == [row["path"] for row in rows[:1] + rows[2:]] + [after()[-1]["path"]]
+@pytest.mark.parametrize("name", [TABLE, LABELS, CHECKS, SECRET, STATE])
+def test_a_pipe_or_a_link_in_the_folder_is_an_error(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"")
+    for make, said in (
+        (os.mkfifo, f"expected a regular file at .*{name}"),
+        (lambda path: path.symlink_to(outside), "symbolic links"),
+    ):
+        place = tmp_path / said[-5:] / name
+        place.parent.mkdir()
+        make(place)
+        with pytest.raises((IosrFastError, OSError), match=said):
+            Collector(place.parent, 10, MAX_ERROR, check_share=0.5)
+    assert outside.read_bytes() == b""
 
 
-def test_files_that_no_table_lists_are_found_and_leftovers_are_removed(tmp_path: Path) -> None:
-    with collecting(tmp_path) as (_, _, send):
+def test_tables_are_written_anew_whatever_happens_to_them_and_only_the_owner_reads(tmp_path: Path) -> None:
+    outside, kept = tmp_path / "outside", tmp_path / "kept"
+    outside.write_bytes(b"path,label\n")
+    place = kept / TABLE
+    edits: list[Callable[[], Any]] = [
+        lambda: place.write_bytes(b"\xff\xfe"),
+        place.unlink,
+        lambda: (place.unlink(), place.symlink_to(outside)),
+        lambda: (kept / ".tmp").write_bytes(b"of a server that was killed"),
+    ]
+    with collecting(kept) as (_, outcomes, send):
         send(0)
-    (listed,) = table(tmp_path)
-    lost, torn = (f"{number:032x}.png" for number in range(2))
-    for name in (lost, torn, f".{lost}.tmp", f".{TABLE}.tmp", ".notes.tmp"):
+        for number, edit in enumerate(edits, 1):
+            before = table(kept)
+            edit()
+            send(number)
+            assert table(kept)[:-1] == before and pictures(kept) == {row["path"] for row in table(kept)}
+        assert outcomes == ["kept"] * 5 and outside.read_bytes() == b"path,label\n"
+        assert {stat.S_IMODE(path.lstat().st_mode) for path in kept.iterdir()} == {0o600}
+
+
+def test_tables_of_earlier_versions_are_taken_over_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They had no column `client` at first, later lines in place of earlier ones, and a last line that was cut off."""
+    *names, torn, foreign = *(f"{number:032x}.png" for number in range(4)), "../notes.txt"
+    for name in (*names, torn):
         (tmp_path / name).write_bytes(b"kept")
-    with (tmp_path / TABLE).open("a") as file:
-        file.write(f"{2:032x}.png,pear,0.5,unknown,2026-01-01\n{torn},pe")  # gone; killed while it was written
-    with collecting(tmp_path, limit=3) as (_, _, send):
-        assert [row["path"] for row in table(tmp_path)] == [listed["path"], lost, torn]
-        assert [row["reason"] for row in table(tmp_path)][1:] == ["found"] * 2
-        assert pictures(tmp_path) == {listed["path"], lost, torn, ".notes.tmp"}
-        (tmp_path / torn).unlink()
-        send(1, 2)
-        assert len(table(tmp_path)) == 3 and not (tmp_path / listed["path"]).exists()
-        assert pictures(tmp_path) == {".notes.tmp", *(row["path"] for row in table(tmp_path))}
+    lines = [f"{names[0]},'=pear,0.5,unknown,2026-01-01", f"{foreign},pear,0.5,unknown,2026-01-01", f"{torn},pe"]
+    (tmp_path / TABLE).write_text("\n".join(["path,guess,probability,reason,time", *lines]))
+    checked = (names[1], ""), (names[2], ""), (names[1], "fig")
+    lines = [f"{name},pear,0.3,one rule 2,4,{label},2026-01-01" for name, label in checked]
+    (tmp_path / CHECKS).write_text("\n".join(["path,answered,max_error,classifier,version,checked,time", *lines]))
+    for _ in range(2):
+        made = Collector(tmp_path, 10, MAX_ERROR, check_share=0.5, digest="one")
+        assert made.checks is not None and (made.checks.result.checks, made.checks.result.wrong) == (1, 1)
+        made.close()
+        assert [(row["path"], row["guess"], row["reason"]) for row in table(tmp_path)] == [
+            (names[0], "'=pear", "unknown"),
+            (torn, "", "found"),
+        ]
+        assert [(row["path"], row["checked"]) for row in table(tmp_path, CHECKS)] == [(names[2], ""), (names[1], "fig")]
+        (tmp_path / TABLE).write_text("path,label\nx,y\n")
+    assert [record.message for record in caplog.records] == [
+        f"state.db takes 1 of the 3 rows of {tmp_path / TABLE}",
+        f"state.db takes 3 of the 3 rows of {tmp_path / CHECKS}",
+    ]
+    for text, said in (
+        (b"\xff\xfe", "can't read .*collected.csv as CSV"),
+        (b"label\nfig", "move its column label there"),
+    ):
+        (tmp_path / said).mkdir()
+        (tmp_path / said / TABLE).write_bytes(text)
+        with pytest.raises(IosrFastError, match=said):
+            Collector(tmp_path / said, 10, MAX_ERROR)
+
+
+def test_a_damaged_state_is_an_error_and_the_tables_replace_it(tmp_path: Path) -> None:
+    with collecting(tmp_path / "kept") as (_, _, send):
+        send(0)
+        rows = table(tmp_path / "kept")
+    state = (tmp_path / "kept" / STATE).read_bytes()
+    for number, damaged in enumerate([b"", b"no database", state[:-4096], state[:4096] + bytes(len(state) - 4096)]):
+        folder = shutil.copytree(tmp_path / "kept", tmp_path / str(number))
+        (folder / STATE).write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=rf"{number}/state.db is damaged: .*; restore it .*or remove it"):
+            Collector(folder, 10, MAX_ERROR)
+        assert table(folder) == rows
+    (tmp_path / "kept" / STATE).unlink()
+    Collector(tmp_path / "kept", 10, MAX_ERROR).close()
+    assert table(tmp_path / "kept") == rows
+
+
+def test_files_that_no_table_lists_are_found(tmp_path: Path) -> None:
+    with collecting(tmp_path) as (_, _, send):
+        send(0, 1)
+    gone, listed = table(tmp_path)
+    lost = f"{0:032x}.png"
+    (tmp_path / lost).write_bytes(b"kept")
+    (tmp_path / gone["path"]).unlink()
+    with collecting(tmp_path, limit=2) as (_, _, send):
+        assert [(row["path"], row["reason"] == "found") for row in table(tmp_path)] == [
+            (listed["path"], False),
+            (lost, True),
+        ]
+        send(2)
+        assert pictures(tmp_path) == {row["path"] for row in table(tmp_path)} and len(table(tmp_path)) == 2
 
 
 def test_a_probe_is_nobodys_picture_and_its_bytes_may_be_somebodys(
@@ -256,15 +299,15 @@ def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr("iosr_fast.serving.kept_folder.os.fsync", full)
             send(0)
-            assert not pictures(tmp_path)
+            assert pictures(tmp_path) == {".tmp"}
             with pytest.raises(OSError, match=r"expected to write .*new/secret, got No space .*: make room"):
                 Collector(tmp_path / "new", 10, MAX_ERROR)
         send(0)
         assert outcomes == ["failed", "kept"]
 
 
-def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Path) -> None:
-    """Whoever may edit the table alone, or put links into the folder, removes nothing else with it."""
+def test_nothing_is_removed_but_kept_pictures(tmp_path: Path) -> None:
+    """Whoever may put tables or links into the folder removes nothing else with them."""
     kept, outside = tmp_path / "kept", tmp_path / "outside"
     outside.mkdir()
     kept.mkdir()
@@ -275,31 +318,14 @@ def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Pa
     (kept / "link").symlink_to(outside, target_is_directory=True)
     (kept / folder).mkdir()
     foreign = [str(outside / "changes.db"), f"../outside/{picture}", "notes.txt", f"link/{picture}", "", "."]
-    with (kept / TABLE).open("w", encoding="utf-8") as file:
-        file.writelines(f"{path},2026\n" for path in ["path,time", *foreign, picture, link, folder])
+    (kept / TABLE).write_text("".join(f"{path},2026\n" for path in ["path,time", *foreign, picture, link, folder]))
     with collecting(kept, limit=1) as (_, outcomes, send):
         send(0)
         assert outcomes == ["kept"]
-    paths = [row["path"] for row in table(kept)]
-    assert paths[:-1] == foreign and not (kept / picture).exists() and (kept / paths[-1]).is_file()
+    (row,) = table(kept)
+    assert not (kept / picture).exists() and (kept / row["path"]).is_file()
     assert {path.read_bytes() for path in (*outside.iterdir(), kept / "notes.txt")} == {b"precious"}
     assert (kept / link).is_symlink() and (kept / folder).is_dir()
-
-
-def test_only_the_owner_can_read_what_is_kept_and_no_link_is_written_through(tmp_path: Path) -> None:
-    outside, kept = tmp_path / "outside", tmp_path / "kept"
-    outside.write_bytes(b"path,label\n")
-    with collecting(kept) as (_, outcomes, send):
-        for name in (TABLE, f".{TABLE}.tmp"):
-            (kept / name).unlink(missing_ok=True)
-            (kept / name).symlink_to(outside)
-        send(0)
-        (kept / TABLE).unlink()
-        send(queries()[0], 1)
-        assert outcomes == ["failed", "failed", "kept"]
-    assert outside.read_bytes() == b"path,label\n"
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir() if not path.is_symlink()}
-    assert len(modes) >= 2 and set(modes.values()) == {0o600}
 
 
 def test_collecting_is_off_unless_asked_for_and_then_said(tmp_path: Path) -> None:
@@ -315,6 +341,3 @@ def test_collecting_is_off_unless_asked_for_and_then_said(tmp_path: Path) -> Non
     with pytest.raises(IosrFastError, match="another server collects into"):
         Collector(tmp_path / "one", 10, MAX_ERROR)
     collector.close()
-    (tmp_path / "one" / TABLE).write_bytes(b"\xff\xfe")
-    with pytest.raises(IosrFastError, match=r"can't read .*collected.csv as CSV in UTF-8"):
-        Collector(tmp_path / "one", 10, MAX_ERROR)
