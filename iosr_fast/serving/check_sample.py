@@ -38,13 +38,7 @@ class CheckSample:
     """
 
     def __init__(
-        self,
-        folder: KeptFolder,
-        share: float,
-        limit: int,
-        max_error: float,
-        digest: str,
-        several: bool = False,
+        self, folder: KeptFolder, share: float, limit: int, max_error: float, digest: str, several: bool = False
     ) -> None:
         self._folder, self._share, self._limit, self._max_error = folder, share, limit, max_error
         self._several = several

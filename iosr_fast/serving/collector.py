@@ -48,7 +48,8 @@ class Collector:
     With a `check_share`, `checks` keeps a random sample of the other uploads, whose labels are accepted (CheckSample);
     `digest` is that of the classifier that promises `max_error`.
 
-    Raises IosrFastError where another server collects into the folder, and OSError where it can't be written.
+    Raises IosrFastError where another server collects into the folder or its state is damaged, and OSError where it
+    can't be written.
     """
 
     def __init__(

@@ -154,14 +154,14 @@ class KeptFolder:
         os.close(self._open(str(place), os.O_RDWR | os.O_CREAT))  # not through a link, which SQLite would follow
         with sqlite_file.naming(place, _FIX):
             db = sqlite_file.connect(place, "rw")
+            sqlite_file.check_structure(db)
+            sqlite_file.trust(db)
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 for table, rows in taken.items():
                     _, *others = TABLES[table]
                     db.execute(f"CREATE TABLE {table}(path TEXT PRIMARY KEY, {' TEXT, '.join(others)} TEXT)")
                     _put(db, table, rows)
-            sqlite_file.check_structure(db)
-            sqlite_file.trust(db)
         return db
 
     def _rows_of_file(self, table: str) -> list[dict[str, str]]:
