@@ -89,10 +89,9 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
         rows = table(tmp_path)
         accepted = [file for file, one in zip(files, answers, strict=True) if one["accepted"]]
         assert [(tmp_path / row["path"]).read_bytes() for row in rows] == accepted and len(rows) > 10
-        answered = {(tmp_path / row["path"]).read_bytes(): row["answered"] for row in rows}
-        assert all(answered.get(file, one["label"]) == one["label"] for file, one in zip(files, answers, strict=True))
-        promise = [(row["max_error"], row["classifier"], row["version"], row["checked"]) for row in rows]
-        assert set(promise) == {("0.5", "one rule 2", "1", "")}
+        assert [row["answered"] for row in rows] == [one["label"] for one in answers if one["accepted"]]
+        promise = {"max_error": "0.5", "classifier": "one rule 2", "version": "1", "checked": ""}
+        assert all(promise.items() <= row.items() for row in rows)
         labels = {row["path"]: "something else" for row in rows[:4]}
         save_labels(tmp_path, labels)
         found = metrics(client, collector)
@@ -115,10 +114,14 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
 
 
 def test_a_picture_is_drawn_and_counts_once(tmp_path: Path) -> None:
-    """By its first label, and after a restart, too."""
+    """By its first label that two readings agree on, and after a restart, too."""
     with sampling(tmp_path) as sample:
         assert offer(sample, *range(6), 3) == [True] * 6 + [False]
         paths = [row["path"] for row in table(tmp_path)]
+        for text in ("pe", "pea", "pear"):
+            save_labels(tmp_path, {paths[0]: text})
+            sample.read_labels(head())
+            assert sample.result.checks == 0
         save_labels(tmp_path, {paths[1]: "fig", paths[0]: "pear", "mine.png": "fig", paths[2]: ""})
         assert read(sample) == (2, 1) and sample.beside == 1
         save_labels(tmp_path, {paths[1]: "pear"})
@@ -128,17 +131,6 @@ def test_a_picture_is_drawn_and_counts_once(tmp_path: Path) -> None:
         assert (sample.result.checks, sample.result.wrong) == (2, 1) and offer(sample, 0, 4) == [False, False]
         save_labels(tmp_path, {paths[2]: "fig", paths[0]: "fig"})
         assert read(sample) == (3, 2)
-
-
-def test_a_label_counts_when_two_readings_agree(tmp_path: Path) -> None:
-    with sampling(tmp_path) as sample:
-        offer(sample, 0)
-        (row,) = table(tmp_path)
-        for text in ("pe", "pea", "pear"):
-            save_labels(tmp_path, {row["path"]: text})
-            sample.read_labels(head())
-            assert sample.result.checks == 0
-        assert read(sample) == (1, 0)
 
 
 def test_an_answer_above_the_label_is_right_wherever_its_class_moves_later(tmp_path: Path) -> None:
@@ -166,16 +158,17 @@ def test_another_promise_starts_anew_and_says_so(
     caplog.clear()
     with sampling(tmp_path) as sample:
         assert sample.result.refuted and [record.message for record in caplog.records] == [str(sample.result)]
-    for changed in ({"max_error": 0.2}, {"max_error": 0.2, "digest": "two"}):
+    for rule, changed in (
+        ("rule 2", {"max_error": 0.2}),
+        ("rule 2", {"max_error": 0.2, "digest": "two"}),
+        ("rule 3", {"max_error": 0.2, "digest": "two"}),
+    ):
         caplog.clear()
+        monkeypatch.setattr(check_sample, "_RULE", rule)
         with sampling(tmp_path, **changed) as sample:
             assert "start anew" in caplog.text and read(sample) == (0, 0) and sample.beside == 10
             assert len(table(tmp_path)) in (10, 11)  # unchecked pictures leave the sample
             assert offer(sample, 12, 3) == [True, True] and read(sample) == (1, 1)  # 3 has a label already
-    caplog.clear()
-    monkeypatch.setattr("iosr_fast.serving.check_sample._RULE", "rule 3")
-    with sampling(tmp_path, **changed) as sample:
-        assert "start anew" in caplog.text and read(sample) == (0, 0)
 
 
 def test_a_secret_of_the_folder_draws_so_that_no_client_can_choose(tmp_path: Path) -> None:
@@ -188,7 +181,7 @@ def test_a_secret_of_the_folder_draws_so_that_no_client_can_choose(tmp_path: Pat
         with sampling(tmp_path / folder, share=0.1) as sample:
             drawn.append(offer(sample, *bare))
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len(bare) > 300 and all(0.02 < np.mean(of_folder) < 0.25 for of_folder in drawn)
+    assert len(bare) > 300 and all(0.04 < np.mean(of_folder) < 0.18 for of_folder in drawn)
     secret = tmp_path / "one" / SECRET
     assert len(secret.read_bytes()) == 32 and stat.S_IMODE(secret.stat().st_mode) == 0o600
     secret.write_bytes(bytes(31))
