@@ -93,8 +93,8 @@ class KeptFolder:
             return {one.name: one.stat(follow_symlinks=False).st_mtime for one in files}
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove those that are pictures in the folder."""
-        for name in self.pictures().keys() & set(names):
+        """Remove pictures that are in the folder."""
+        for name in names:
             os.unlink(name, dir_fd=self._descriptor)
 
     def write(self, name: str, content: bytes) -> None:

@@ -180,7 +180,8 @@ def test_what_cannot_be_read_at_a_start_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "outside").touch()
     Collector(tmp_path / "made", 10, MAX_ERROR).close()
     state = (tmp_path / "made" / STATE).read_bytes()
-    contents = [(STATE, one, "state.db is damaged: .*; restore it") for one in (b"", b"none", state[:-4096])]
+    damaged = b"", b"none", state[:-4096], state[:8192] + bytes(4096) + state[12288:]
+    contents = [(STATE, one, "state.db is damaged: .*; restore it") for one in damaged]
     contents += [(TABLE, b"\xff\xfe", "can't read .*collected.csv as CSV"), (TABLE, b"label\nfig", "move its column")]
     cases = [(name, partial(Path.write_bytes, data=data), said) for name, data, said in contents]
     for name in (TABLE, LABELS, CHECKS, SECRET, STATE):
