@@ -12,11 +12,9 @@ from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.head.verdict import nodes_above
 from iosr_fast.methods.checks import checked
-from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, picture_name, time_text
+from iosr_fast.serving.kept_folder import CHECKS, KeptFolder, picture_name, time_text
 from iosr_fast.serving.shares import Shares
 
-TABLE = "checks.csv"
-COLUMNS = ("path", "answered", "max_error", "classifier", "version", "checked", "time", "client")
 _READ_S = 5.0  # between two readings of the labels
 _RULE = "rule 2"  # by which thresholds are computed: rises where those of the same classifier change
 log = logging.getLogger(__name__)
@@ -25,7 +23,7 @@ log = logging.getLogger(__name__)
 class CheckSample:
     """Keeps a share of accepted pictures, which no client can choose, and counts the labels that they get.
 
-    `table`, TABLE, lists them: the row of a picture that is drawn has no `checked` label yet, and a later one has the
+    The table CHECKS lists them: the row of a picture that is drawn has no `checked` label yet, and a later one has the
     label that counts. Labels come from the folder's LABELS. A picture counts once, by its first label that two readings
     agree on, so that none is read while it is written. It is `checked` as the answer where that is a node above it, by
     the tree of that time; every other text is another label. Answers count that were promised as now, by `max_error`,
@@ -36,33 +34,24 @@ class CheckSample:
 
     For one thread; `result` and `beside` may be read in any. `beside` counts labels of pictures that were not drawn: as
     somebody chose them, they say nothing of the promise. Raises OSError where the folder can't be read or written,
-    IosrFastError for a table that is no CSV.
+    IosrFastError for LABELS that are no CSV.
     """
 
     def __init__(
-        self,
-        folder: KeptFolder,
-        table: KeptTable,
-        share: float,
-        limit: int,
-        max_error: float,
-        digest: str,
-        several: bool = False,
+        self, folder: KeptFolder, share: float, limit: int, max_error: float, digest: str, several: bool = False
     ) -> None:
-        self._folder, self._table, self._share, self._limit, self._max_error = folder, table, share, limit, max_error
+        self._folder, self._share, self._limit, self._max_error = folder, share, limit, max_error
         self._several = several
         self._promise = {"max_error": str(max_error), "classifier": f"{digest} {_RULE}"}
         self._labels: dict[str, str] = {}  # of the last reading
         self._next_reading, self.beside = 0.0, 0
-        rows, drawn = [*table.rows.values()], self._drawn()
-        table.drop([row["path"] for row in rows if row["path"] not in drawn and not row["checked"]])
+        rows, drawn = folder.rows(CHECKS), self._drawn()
+        folder.change(CHECKS, gone=[path for path, row in rows.items() if path not in drawn and not row["checked"]])
         if rows and not drawn:
-            last, changed = rows[-1], "another classifier is served"
-            if last["max_error"] != str(max_error):
-                changed = f"errors of at most {max_error} are promised in place of {last['max_error']}"
-            elif last["classifier"].split()[:1] == [digest]:
-                changed = "this version computes promises in another way, so other labels are accepted"
-            log.warning("checks of accepted labels start anew: %s", changed)
+            log.warning(
+                "checks of accepted labels start anew: another --max-error or classifier is served, or this version "
+                "computes promises otherwise"
+            )
         self.result = checked([], max_error)
         self._judge()
 
@@ -74,14 +63,14 @@ class CheckSample:
         drawn, files, waiting = self._drawn(), self._folder.pictures(), Shares(self._limit)
         for path, row in drawn.items():
             if not row["checked"] and path in files:
-                waiting.add(row.get("client", ""), 1)
+                waiting.add(row["client"], 1)
         fits = waiting.fits(client, 1) if client else waiting.used < self._limit
         if name in drawn or not fits:
             return False
         self._folder.write(name, image)
         answered = SEPARATOR.join(prediction.accepted_labels)
-        answer = {"answered": answered, "version": prediction.version, "checked": "", "time": time_text()}
-        self._table.add({"path": name, "client": client, **self._promise, **answer})
+        answer = {"answered": answered, "version": str(prediction.version), "time": time_text()}
+        self._folder.change(CHECKS, [{"path": name, "client": client, **self._promise, **answer}])
         return True
 
     def read_labels(self, head: Head) -> None:
@@ -99,12 +88,13 @@ class CheckSample:
             for row in new:
                 label, answered = agreed[row["path"]], row["answered"]
                 label = answered if answered in above.get(label, ()) else label
-                self._table.add(row | {"checked": label, "time": time_text()})
+                row.update(checked=label, time=time_text())
+            self._folder.change(CHECKS, new)
             self._judge()
 
     def _drawn(self) -> dict[str, dict[str, str]]:
         """The rows of this promise."""
-        return {path: row for path, row in self._table.rows.items() if self._promise.items() <= row.items()}
+        return {path: row for path, row in self._folder.rows(CHECKS).items() if self._promise.items() <= row.items()}
 
     def _judge(self) -> None:
         pairs = [(row["answered"], row["checked"]) for row in self._drawn().values() if row["checked"]]

@@ -19,13 +19,10 @@ from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import predict
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
-from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import CheckSample
-from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, is_picture_name, picture_name, time_text
+from iosr_fast.serving.kept_folder import CHECKS, COLLECTED, KeptFolder, picture_name, time_text
 from iosr_fast.serving.shares import Shares
 
-TABLE = "collected.csv"
-COLUMNS = ("path", "guess", "probability", "reason", "time", "client")
 UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found"
 _WAITING = 64 << 20  # bytes of uploads that wait to be judged
 log = logging.getLogger(__name__)
@@ -34,24 +31,25 @@ log = logging.getLogger(__name__)
 class Collector:
     """Keeps uploads of which a label is not accepted by the promise `max_error`, or that belong to none of the classes.
 
-    Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table TABLE, which only
-    the server writes, has `path`, `guess` and `probability` of the best class, `reason` ("needs a look" or "unknown"),
-    `time` and the key of a `client`; `iosr-fast suggest` reads it. Pictures that no table lists are "found". Labels
-    come back in LABELS, a table of `path` and `label`. Near duplicates of support images, and of files that were kept
-    since the start, are left out. At `limit` files the client with most of those without a label loses its oldest one,
-    so that nobody loses one to a client that has more; if all have a label, no more are kept.
+    Files are named by the SHA-256 of their bytes, and no others are touched (KeptFolder). The table COLLECTED has
+    `path`, `guess` and `probability` of the best class, `reason` ("needs a look", "unknown", or "found" of files that
+    no table lists), `time` and the key of a `client`; `iosr-fast suggest` reads its CSV file. Labels come back in
+    LABELS, a table of `path` and `label`. Near duplicates of support images, and of files that were kept since the
+    start, are left out. At `limit` files the client with most of those without a label loses its oldest one, so that
+    nobody loses one to a client that has more; if all have a label, no more are kept.
 
     Where pictures may have `several` labels, `guess` has all, joined by SEPARATOR, and `probability` is that of the
     most likely one; one without a label is "unknown". LABELS then has `labels` for `label` (KeptFolder.labels).
 
     A thread judges and writes, so that no answer waits: of 64 MiB of uploads that wait for it each client has a share
-    (Shares), and others are left out. If the disk is full or a table can't be read, nothing is kept until that ends,
+    (Shares), and others are left out. If the disk is full or LABELS can't be read, nothing is kept until that ends,
     and nothing is lost. `on_outcome` is called with "kept", "near duplicate", "left out", "check" or "failed".
 
     With a `check_share`, `checks` keeps a random sample of the other uploads, whose labels are accepted (CheckSample);
     `digest` is that of the classifier that promises `max_error`.
 
-    Raises IosrFastError where another server collects into the folder, and OSError where it can't be written.
+    Raises IosrFastError where another server collects into the folder or its state is damaged, and OSError where it
+    can't be written.
     """
 
     def __init__(
@@ -71,13 +69,10 @@ class Collector:
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
         self._waiting, self._counting = Shares(_WAITING), threading.Lock()
         self._reading: Future[None] | None = None  # of labels, the last one
-        self._sampled = KeptTable(self._folder, check_sample.TABLE, check_sample.COLUMNS)
         self.checks: CheckSample | None = None
         if check_share is not None:
-            promise = max_error, digest, several
-            self.checks = CheckSample(self._folder, self._sampled, check_share, limit, *promise)
-        self._table = KeptTable(self._folder, TABLE, COLUMNS)
-        self._table.drop(())  # what can't be written is an error now
+            self.checks = CheckSample(self._folder, check_share, limit, max_error, digest, several)
+        self._folder.change(COLLECTED)  # what can't be written is an error now
         self._make_room(0)
         self._thread = ThreadPoolExecutor(1, "iosr-fast-collector")
         self._context = copy_context()  # logs say which classifier it is of, as here
@@ -153,8 +148,8 @@ class Collector:
         self._folder.write(name, image)
         guess = SEPARATOR.join(label for label, _ in prediction.pairs)
         reason = UNKNOWN if prediction.label is None else UNSURE
-        values = name, guess, f"{prediction.probability:.4f}", reason, time_text(), client
-        self._table.add(dict(zip(COLUMNS, values, strict=True)))
+        row = {"path": name, "guess": guess, "probability": f"{prediction.probability:.4f}", "reason": reason}
+        self._folder.change(COLLECTED, [row | {"time": time_text(), "client": client}])
         self._kept = [*self._kept, embeddings.plain[0]][-self._limit :]
         return "kept"
 
@@ -162,25 +157,25 @@ class Collector:
         """Make the table list what the folder has, and let pictures without a label go, so that `more` of the client
         fit. False if they don't."""
         files = self._folder.pictures()
-        for name in self._sampled.rows:
+        for name in self._folder.rows(CHECKS):
             files.pop(name, None)
-        if found := sorted(files.keys() - self._table.rows.keys(), key=files.__getitem__):
-            self._table.add(*({"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found))
-        rows, labels = (
-            sorted(self._table.rows.values(), key=lambda row: row["time"]),
-            self._folder.labels(self._several),
-        )
+        rows = self._folder.rows(COLLECTED)
+        if found := sorted(files.keys() - rows.keys(), key=files.__getitem__):
+            new = [{"path": name, "reason": FOUND, "time": time_text(files[name])} for name in found]
+            self._folder.change(COLLECTED, new)
+            rows = self._folder.rows(COLLECTED)
+        labels = self._folder.labels(self._several)
         held, ranks = Counter({client: more}), dict[str, int]()  # each client's newest picture has rank 1
-        for row in reversed(rows):
-            if (path := row["path"]) in files and path not in labels and not row.get("label"):
-                held[row.get("client", "")] += 1
-                ranks[path] = held[row.get("client", "")]
+        for path, row in sorted(rows.items(), key=lambda one: one[1]["time"])[::-1]:
+            if path in files and path not in labels:
+                held[row["client"]] += 1
+                ranks[path] = held[row["client"]]
         surplus = max(0, len(files) + more - self._limit)
         gone = sorted(reversed(ranks), key=ranks.__getitem__, reverse=True)[:surplus]  # of equal ranks the oldest
         fits = len(gone) == surplus
         gone = gone if fits else []
-        missing = [path for path in self._table.rows if is_picture_name(path) and path not in files]
+        missing = rows.keys() - files.keys()
         if gone or missing:
-            self._table.drop([*gone, *missing])
+            self._folder.change(COLLECTED, gone=[*gone, *missing])
             self._folder.remove(gone)
         return fits

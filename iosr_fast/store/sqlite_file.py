@@ -117,7 +117,7 @@ def naming(path: Path, fix: str) -> Iterator[None]:
             raise in_use(path) from error
         if code in _NOT_DAMAGE:
             cut = "a start of the classifier takes back a change that was cut off"
-            raise OSError(errno.EIO, f"the log can't be read ({error}); {cut}", str(path)) from error
+            raise OSError(errno.EIO, f"it can't be read or written ({error}); {cut}", str(path)) from error
         reason = "reading it never ends" if code == sqlite3.SQLITE_INTERRUPT else str(error)
         raise DamagedFileError(f"{path} is damaged: {reason}; {fix}") from error
 

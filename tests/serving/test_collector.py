@@ -6,11 +6,11 @@ import csv
 import errno
 import math
 import os
-import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import read_source
 from iosr_fast.head.labelled_images import labelled_images
-from iosr_fast.serving import check_sample, collector
+from iosr_fast.serving import collector
 from iosr_fast.serving.batching.decoder import grey_png
-from iosr_fast.serving.collector import TABLE, Collector
+from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.kept_folder import LABELS, SECRET
+from iosr_fast.serving.kept_folder import LABELS, SECRET, STATE
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, Client, form, load, probe_soon, queries, query_labels, serving
 from tests.waiting import wait_until
 
-MAX_ERROR = 0.3
+MAX_ERROR, TABLE, CHECKS = 0.3, "collected.csv", "checks.csv"
 
 
 @contextmanager
@@ -60,9 +60,19 @@ def table(folder: Path, name: str = TABLE) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def save_labels(folder: Path, labels: dict[str, str], name: str = LABELS, column: str = "label") -> None:
+def save_labels(folder: Path, labels: dict[str, str], column: str = "label") -> None:
     text = "".join(f"{path},{label}\n" for path, label in labels.items())
-    (folder / name).write_text(f"path,{column}\n{text}", encoding="utf-8")
+    (folder / LABELS).write_text(f"path,{column}\n{text}", encoding="utf-8")
+
+
+def link_to(target: Path) -> Callable[[Path], None]:
+    """What puts a link to it in a place."""
+
+    def link(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+
+    return link
 
 
 def noise(seed: int = 0) -> np.ndarray:
@@ -71,7 +81,7 @@ def noise(seed: int = 0) -> np.ndarray:
 
 
 def pictures(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {TABLE, LABELS, SECRET}
+    return {path.name for path in folder.iterdir()} - {TABLE, LABELS, SECRET, STATE}
 
 
 def test_pictures_are_served_kept_suggested_labelled_added_and_then_answered(tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ def test_the_oldest_without_a_label_go_and_labelled_ones_stay(tmp_path: Path) ->
 
 
 def test_a_client_with_most_pictures_loses_its_own_oldest(tmp_path: Path) -> None:
-    """Across a restart, too; rows of a table without the column are those of one client."""
+    """Across a restart, too."""
     with collecting(tmp_path, limit=4) as (_, _, send):
         send(0, by="192.0.2.1")
         send(1, 2, 3, 4, by="192.0.2.2")
@@ -135,12 +145,6 @@ def test_a_client_with_most_pictures_loses_its_own_oldest(tmp_path: Path) -> Non
         assert kept[0] == rows[0] and [row["client"] for row in kept[1:]].count(rows[1]["client"]) == 2
         assert [len({row["client"] for row in kept}), len(kept)] == [3, 4]
         assert "192.0.2" not in (tmp_path / TABLE).read_text()
-    lines = [",".join(row[name] for name in collector.COLUMNS[:-1]) for row in kept]
-    (tmp_path / TABLE).write_text("\n".join([",".join(collector.COLUMNS[:-1]), *lines, ""]))
-    with collecting(tmp_path, limit=4) as (_, _, send):
-        send(8, 9, 10, by="192.0.2.1")
-        assert [row["path"] for row in table(tmp_path)[:2]] == [row["path"] for row in kept[2:]]
-    assert len(read_source([str(tmp_path / TABLE)]).paths) == 4
 
 
 def test_what_waits_to_be_judged_is_shared_and_one_reading_waits(
@@ -171,58 +175,90 @@ def test_what_waits_to_be_judged_is_shared_and_one_reading_waits(
     assert outcomes.count("failed") == 5
 
 
-@pytest.mark.parametrize("name", [TABLE, LABELS, check_sample.TABLE, SECRET])
-def test_a_pipe_in_the_folder_is_an_error_and_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / name)
-
-    def waited(*_: Any) -> None:
-        raise TimeoutError("it waits for the pipe's writer")
-
-    before = signal.signal(signal.SIGALRM, waited)
-    signal.alarm(10)
-    try:
-        with pytest.raises(IosrFastError, match=f"expected a regular file at .*{name}"):
-            Collector(tmp_path, 10, MAX_ERROR, check_share=0.5)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_rows_that_an_editor_saves_over_come_back_and_all_files_count(tmp_path: Path) -> None:
-    with collecting(tmp_path, limit=5) as (_, outcomes, send):
-
-        def after(*numbers: int) -> list[dict[str, str]]:
-            send(*numbers)
-            assert pictures(tmp_path) == {row["path"] for row in table(tmp_path)}
-            return table(tmp_path)
-
-        opened = after(0, 1)
-        after(2, 3, 4)
-        save_labels(tmp_path, {opened[0]["path"]: "", opened[1]["path"]: "-apple"}, TABLE)
-        rows = after(5)
-        assert len(rows) == 5 and outcomes.count("kept") == 6
-        assert (rows[0]["path"], rows[0]["label"]) == (opened[1]["path"], "'-apple")  # the oldest without a label went
-        (tmp_path / TABLE).unlink()
-        assert [row["path"] for row in after(6)] == [row["path"] for row in rows[:1] + rows[2:]] + [after()[-1]["path"]]
+def test_what_cannot_be_read_at_a_start_is_an_error(tmp_path: Path) -> None:
+    """Nothing of it is used or changed: no pipe keeps the start waiting, and no link is followed."""
+    (tmp_path / "outside").touch()
+    Collector(tmp_path / "made", 10, MAX_ERROR).close()
+    state = (tmp_path / "made" / STATE).read_bytes()
+    damaged = b"", b"none", state[:-4096], state[:8192] + bytes(4096) + state[12288:]
+    contents = [(STATE, one, "state.db is damaged: .*; restore it") for one in damaged]
+    contents += [(TABLE, b"\xff\xfe", "can't read .*collected.csv as CSV"), (TABLE, b"label\nfig", "move its column")]
+    cases = [(name, partial(Path.write_bytes, data=data), said) for name, data, said in contents]
+    for name in (TABLE, LABELS, CHECKS, SECRET, STATE):
+        cases += (name, os.mkfifo, f"regular file at .*{name}"), (name, link_to(tmp_path / "outside"), "symbolic links")
+    for number, (name, make, said) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / name)
+        with pytest.raises((IosrFastError, OSError), match=said):
+            Collector(folder, 10, MAX_ERROR, check_share=0.5)
+    assert (tmp_path / "outside").read_bytes() == b""
 
 
-def test_files_that_no_table_lists_are_found_and_leftovers_are_removed(tmp_path: Path) -> None:
-    with collecting(tmp_path) as (_, _, send):
+def test_tables_are_written_anew_whatever_happens_to_them_and_only_the_owner_reads(tmp_path: Path) -> None:
+    outside, kept = tmp_path / "outside", tmp_path / "kept"
+    outside.write_bytes(b"path,label\n")
+    edits = partial(Path.write_bytes, data=b"\xff\xfe"), Path.unlink, link_to(outside)
+    with collecting(kept) as (_, outcomes, send):
         send(0)
-    (listed,) = table(tmp_path)
-    lost, torn = (f"{number:032x}.png" for number in range(2))
-    for name in (lost, torn, f".{lost}.tmp", f".{TABLE}.tmp", ".notes.tmp"):
-        (tmp_path / name).write_bytes(b"kept")
-    with (tmp_path / TABLE).open("a") as file:
-        file.write(f"{2:032x}.png,pear,0.5,unknown,2026-01-01\n{torn},pe")  # gone; killed while it was written
-    with collecting(tmp_path, limit=3) as (_, _, send):
-        assert [row["path"] for row in table(tmp_path)] == [listed["path"], lost, torn]
-        assert [row["reason"] for row in table(tmp_path)][1:] == ["found"] * 2
-        assert pictures(tmp_path) == {listed["path"], lost, torn, ".notes.tmp"}
-        (tmp_path / torn).unlink()
-        send(1, 2)
-        assert len(table(tmp_path)) == 3 and not (tmp_path / listed["path"]).exists()
-        assert pictures(tmp_path) == {".notes.tmp", *(row["path"] for row in table(tmp_path))}
+        for number, edit in enumerate(edits, 1):
+            before = table(kept)
+            edit(kept / TABLE)
+            (kept / ".tmp").write_bytes(b"of a server that was killed")
+            send(number)
+            assert table(kept)[:-1] == before and pictures(kept) == {row["path"] for row in table(kept)}
+        assert outcomes == ["kept"] * 4 and outside.read_bytes() == b"path,label\n"
+        assert {stat.S_IMODE(path.lstat().st_mode) for path in kept.iterdir()} == {0o600}
+    (kept / STATE).unlink()  # as the error of a damaged one says
+    rows = table(kept)
+    Collector(kept, 10, MAX_ERROR).close()
+    assert table(kept) == rows
+
+
+def test_tables_of_earlier_versions_are_taken_over_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They had no column `client` at first, later lines in place of earlier ones, and a last line that was cut off.
+    Whoever may put tables or links into the folder has nothing else removed with them than kept pictures."""
+    kept, outside = tmp_path / "kept", tmp_path / "outside"
+    picture, first, second, torn, link, folder = (f"{number:032x}.png" for number in range(6))
+    (kept / folder).mkdir(parents=True)
+    outside.mkdir()
+    foreign = [str(outside / picture), f"../outside/{picture}", "notes.txt", f"link/{picture}", "."]
+    precious = [outside / picture, kept / "notes.txt"]
+    for path in (*precious, *(kept / name for name in (picture, first, second, torn))):
+        path.write_bytes(b"precious")
+    (kept / link).symlink_to(outside / picture)
+    (kept / "link").symlink_to(outside, target_is_directory=True)
+    lines = [f"{path},'=pear,2026-01-01" for path in (picture, *foreign, link, folder)]
+    (kept / TABLE).write_text("\n".join(["path,guess,time", *lines, f"{torn},pe"]))
+    lines = [f"{path},pear,0.3,one rule 2,{label},2026" for path, label in ((first, ""), (second, ""), (first, "fig"))]
+    (kept / CHECKS).write_text("\n".join(["path,answered,max_error,classifier,checked,time", *lines]))
+    for left in ({picture: "'=pear", torn: ""}, {torn: ""}):
+        made = Collector(kept, len(left), MAX_ERROR, check_share=0.5, digest="one")
+        made.close()
+        assert made.checks is not None and (made.checks.result.checks, made.checks.result.wrong) == (1, 1)
+        assert {row["path"]: row["guess"] for row in table(kept)} == left
+        assert [(row["path"], row["checked"]) for row in table(kept, CHECKS)] == [(second, ""), (first, "fig")]
+        (kept / TABLE).write_text("path,label\nx,y\n")
+    assert [record.message for record in caplog.records] == [
+        f"state.db takes 3 of the 9 rows of {kept / TABLE}",
+        f"state.db takes 3 of the 3 rows of {kept / CHECKS}",
+    ]
+    assert {path.read_bytes() for path in precious} == {b"precious"} and not (kept / picture).exists()
+    assert (kept / link).is_symlink() and (kept / folder).is_dir()
+
+
+def test_files_that_no_table_lists_are_found(tmp_path: Path) -> None:
+    with collecting(tmp_path) as (_, _, send):
+        send(0, 1)
+    gone, _ = (row["path"] for row in table(tmp_path))
+    lost = f"{0:032x}.png"
+    (tmp_path / lost).write_bytes(b"kept")
+    (tmp_path / gone).unlink()
+    with collecting(tmp_path, limit=1) as (_, _, send):
+        assert [(row["path"], row["reason"]) for row in table(tmp_path)] == [(lost, "found")]
+        assert pictures(tmp_path) == {lost}
+        send(2)
+        assert pictures(tmp_path) == {row["path"] for row in table(tmp_path)} and len(table(tmp_path)) == 1
 
 
 def test_a_probe_is_nobodys_picture_and_its_bytes_may_be_somebodys(
@@ -242,10 +278,11 @@ def test_a_probe_is_nobodys_picture_and_its_bytes_may_be_somebodys(
 
 def test_equal_pictures_and_near_duplicates_are_kept_once(tmp_path: Path) -> None:
     near = np.clip(noise().astype(int) + 1, 0, 255).astype(np.uint8)
-    for expected in (["kept", "near duplicate", "near duplicate"], ["near duplicate"] * 2):
-        with collecting(tmp_path) as (_, outcomes, send):
-            send(*(0, 0, encode(near))[: len(expected)])
-            assert outcomes == expected and len(table(tmp_path)) == 1
+    with collecting(tmp_path) as (_, outcomes, send):
+        send(0, 0, encode(near))
+    with collecting(tmp_path) as (_, after_a_restart, send):
+        send(0)
+    assert outcomes + after_a_restart == ["kept", *["near duplicate"] * 3] and len(table(tmp_path)) == 1
 
 
 def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,50 +293,16 @@ def test_a_full_disk_stops_collecting_and_not_serving(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr("iosr_fast.serving.kept_folder.os.fsync", full)
             send(0)
-            assert not pictures(tmp_path)
+            assert pictures(tmp_path) == {".tmp"}
             with pytest.raises(OSError, match=r"expected to write .*new/secret, got No space .*: make room"):
                 Collector(tmp_path / "new", 10, MAX_ERROR)
+        link_to(tmp_path / "outside")(tmp_path / f"{STATE}-journal")  # which SQLite does not follow
         send(0)
-        assert outcomes == ["failed", "kept"]
-
-
-def test_what_a_table_names_is_removed_only_if_it_is_a_kept_picture(tmp_path: Path) -> None:
-    """Whoever may edit the table alone, or put links into the folder, removes nothing else with it."""
-    kept, outside = tmp_path / "kept", tmp_path / "outside"
-    outside.mkdir()
-    kept.mkdir()
-    picture, link, folder = (f"{number:032x}.png" for number in range(3))
-    for path in (outside / "changes.db", outside / picture, kept / "notes.txt", kept / picture):
-        path.write_bytes(b"precious")
-    (kept / link).symlink_to(outside / picture)
-    (kept / "link").symlink_to(outside, target_is_directory=True)
-    (kept / folder).mkdir()
-    foreign = [str(outside / "changes.db"), f"../outside/{picture}", "notes.txt", f"link/{picture}", "", "."]
-    with (kept / TABLE).open("w", encoding="utf-8") as file:
-        file.writelines(f"{path},2026\n" for path in ["path,time", *foreign, picture, link, folder])
-    with collecting(kept, limit=1) as (_, outcomes, send):
-        send(0)
-        assert outcomes == ["kept"]
-    paths = [row["path"] for row in table(kept)]
-    assert paths[:-1] == foreign and not (kept / picture).exists() and (kept / paths[-1]).is_file()
-    assert {path.read_bytes() for path in (*outside.iterdir(), kept / "notes.txt")} == {b"precious"}
-    assert (kept / link).is_symlink() and (kept / folder).is_dir()
-
-
-def test_only_the_owner_can_read_what_is_kept_and_no_link_is_written_through(tmp_path: Path) -> None:
-    outside, kept = tmp_path / "outside", tmp_path / "kept"
-    outside.write_bytes(b"path,label\n")
-    with collecting(kept) as (_, outcomes, send):
-        for name in (TABLE, f".{TABLE}.tmp"):
-            (kept / name).unlink(missing_ok=True)
-            (kept / name).symlink_to(outside)
-        send(0)
-        (kept / TABLE).unlink()
-        send(queries()[0], 1)
+        assert not table(tmp_path) and not (tmp_path / "outside").exists()
+        (tmp_path / f"{STATE}-journal").unlink()
+        send(1)
         assert outcomes == ["failed", "failed", "kept"]
-    assert outside.read_bytes() == b"path,label\n"
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in kept.iterdir() if not path.is_symlink()}
-    assert len(modes) >= 2 and set(modes.values()) == {0o600}
+        assert [row["reason"] == "found" for row in table(tmp_path)] == [True, False]
 
 
 def test_collecting_is_off_unless_asked_for_and_then_said(tmp_path: Path) -> None:
@@ -315,6 +318,3 @@ def test_collecting_is_off_unless_asked_for_and_then_said(tmp_path: Path) -> Non
     with pytest.raises(IosrFastError, match="another server collects into"):
         Collector(tmp_path / "one", 10, MAX_ERROR)
     collector.close()
-    (tmp_path / "one" / TABLE).write_bytes(b"\xff\xfe")
-    with pytest.raises(IosrFastError, match=r"can't read .*collected.csv as CSV in UTF-8"):
-        Collector(tmp_path / "one", 10, MAX_ERROR)
