@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from functools import cache
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,13 +32,6 @@ _CPU_BATCH = 8
 _ROOT = "/v1/classifiers"
 _PATH = re.compile(rf"{_ROOT}/([^/]*)/(.*)", re.DOTALL)
 _NAME = {"name": "classifier", "in": "path", "required": True, "schema": {"type": "string"}, "description": "its name"}
-_BODY = """  </head>
-  <body>
-    <header class="row"><h1>iosr_fast</h1><a href="openapi.json" class="quiet">API</a></header>
-    <main class="flow"><h2>Classifiers</h2><ul class="flow">{}</ul></main>
-  </body>
-</html>
-"""
 _OPTIONS: dict[str, Any] = {  # of an application
     "title": "iosr_fast",
     "version": __version__,
@@ -139,8 +131,7 @@ class SeveralApp(FastAPI):
         for router in (predict.make_router(front), health.make_router(front)):
             self.include_router(router)
         self.get(_ROOT, tags=["classes"], name="classifiers", summary="All classifiers")(self._list)
-        self.get("/", include_in_schema=False)(self._page)
-        self.include_router(static.make_router())
+        self.include_router(static.make_router(start="classifiers.html"))
         _describe(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,14 +170,3 @@ class SeveralApp(FastAPI):
             facts = len(head.uids), head.version, model, head.config.method
             listed.append(schemas.Listed(name, one.failure or None, *facts))
         return schemas.ClassifiersAnswer(sorted(listed, key=lambda one: one.name))
-
-    def _page(self) -> Response:
-        lines = []
-        for one in self._list().classifiers:
-            name = escape(one.name)
-            facts = "" if one.classes is None else f"{one.classes} classes, version {one.version}"
-            words = f'<span class="quiet">{facts}</span> <span class="bad">{escape(one.error or "")}</span>'
-            link = f'<a href="{_ROOT[1:]}/{name}/">{name}</a>' if facts else name
-            lines.append(f"<li>{link} {words}</li>")
-        head = (static.FOLDER / "index.html").read_text(encoding="utf-8").partition("    <script")[0]
-        return static.respond(head + _BODY.format("".join(lines)), "text/html")

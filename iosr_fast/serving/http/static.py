@@ -17,18 +17,18 @@ _POLICY = (
 )
 
 
-def make_router(sentence: str = "") -> APIRouter:
-    """Serves the files that are in the folder now, or a sentence in their place. A requested name is a key of a dict,
-    never a path."""
+def make_router(sentence: str = "", start: str = "index.html") -> APIRouter:
+    """Serves the files that are in the folder now, `start` at /; or a sentence in their place. A requested name is a
+    key of a dict, never a path."""
     paths = [path for path in FOLDER.iterdir() if path.suffix in _TYPES]
     files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in paths}
     if sentence:
-        files = {"index.html": (sentence.encode(), "text/plain")}
+        files = {start: (sentence.encode(), "text/plain")}
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
     @router.get("/static/{name}")
-    async def page(name: str = "index.html") -> Response:
+    async def page(name: str = start) -> Response:
         if name not in files:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
         return respond(*files[name])
