@@ -3,7 +3,6 @@
 import * as api from "./api.js";
 import * as classes from "./classes.js";
 import { complain, count, find, say, sayNothing } from "./dom.js";
-import * as labels from "./labels.js";
 import * as list from "./list.js";
 import { acceptChoices, acceptDrops, preview } from "./pictures.js";
 import * as queue from "./queue.js";
@@ -104,5 +103,4 @@ document.addEventListener("paste", paste);
 queue.setUp({ answered, refresh, ready: refresh() });
 list.setUp({ selected, cleared });
 classes.setUp(change);
-labels.setUp();
 teach.setUp();
