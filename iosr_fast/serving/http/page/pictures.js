@@ -1,5 +1,5 @@
-// Pictures of the user: chosen, dropped, and prepared for upload. The server takes JPEG, PNG and WebP, and photos
-// of phones are far larger than the input of a classifier. Pictures are sent whole, in their own aspect ratio: the server
+// Pictures of the user: chosen, dropped, and prepared for upload. The server takes JPEG, PNG and WebP, and photos of
+// phones are far larger than the input of a classifier. Pictures are sent whole, in their own aspect ratio: the server
 // crops, pads or squashes them as its model does, so both sides must keep enough pixels.
 
 import { complain, make, span } from "./dom.js";
@@ -38,7 +38,7 @@ export function acceptChoices(input, take) {
 }
 
 /**
- * The file to send: the file itself if possible, or if this browser can't decode it (the server then reports the error);
+ * The file to send: itself if possible, or if this browser can't decode it (the server then reports the error);
  * otherwise a redrawn one.
  */
 export async function prepared(file) {

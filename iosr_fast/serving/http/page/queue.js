@@ -56,7 +56,8 @@ async function work() {
       settle(item, await predicted(await prepared(item.file)));
       page.answered([item]);
     } catch ({ message, status }) {
-      const failed = [item, ...(status === 401 ? waiting.splice(0) : [])]; // The user has no token: it is asked for once.
+      const others = status === 401 ? waiting.splice(0) : []; // The user has no token: it is asked for once.
+      const failed = [item, ...others];
       for (const one of failed) settle(one, { error: message, failed: true });
       page.answered(failed);
     }

@@ -15,7 +15,8 @@ export function labelsOf({ top, label, probability, accepted }, several) {
 }
 
 /** "unknown" (of none of the classes), "unsure" (of a label) or "sure". */
-export const verdict = ({ labels }) => (!labels.length ? "unknown" : labels.every((one) => one.isSure) ? "sure" : "unsure");
+export const verdict = ({ labels }) =>
+  !labels.length ? "unknown" : labels.every((one) => one.isSure) ? "sure" : "unsure";
 
 /** The labels in few words. */
 export const naming = ({ labels, several }) =>
@@ -25,7 +26,8 @@ function bar(label, probability, look = "") {
   const length = make("span");
   length.style.width = `${100 * probability}%`; // The page's policy allows no style attribute in markup.
   const whole = make("span", { class: "bar", "aria-hidden": "true" }, length);
-  return make("li", { class: look }, span("name", ...breakable(label)), whole, span("probability", percent(probability)));
+  const name = span("name", ...breakable(label));
+  return make("li", { class: look }, name, whole, span("probability", percent(probability)));
 }
 
 /** The most probable classes, and all others together. */
@@ -76,7 +78,8 @@ function chip({ label, probability, isSure }, accepted) {
 
 function heading({ name, prediction, error }) {
   if (error) {
-    return [make("p", { class: "label bad" }, "Not classified"), make("p", { class: "bad" }, ...breakable(`${name}: ${error}`))];
+    const words = breakable(`${name}: ${error}`);
+    return [make("p", { class: "label bad" }, "Not classified"), make("p", { class: "bad" }, ...words)];
   }
   if (!prediction) return [make("p", { class: "label quiet" }, "Classifying\u2026")];
   return prediction.several ? chips(prediction) : single(prediction);

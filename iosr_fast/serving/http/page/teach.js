@@ -1,4 +1,4 @@
-// The forms that teach a class: "Add a class", from examples; under an answer "It shows", which confirms or corrects it.
+// The forms that teach: "Add a class", from examples; under an answer "It shows", which confirms or corrects it.
 
 import { named, teach } from "./classes.js";
 import { find, listed, onSubmit } from "./dom.js";
