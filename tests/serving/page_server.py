@@ -11,9 +11,6 @@ import pytest
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.methods import METHODS
-from iosr_fast.methods.config import Config
-from iosr_fast.store.changes import Retune
 from tests import browser as chromium
 from tests.serving import http_client, http_edge
 from tests.serving.http_client import TOKEN
@@ -51,7 +48,7 @@ class Visit:
     problems: list[str] = field(default_factory=list)
     refusals: list[int] = field(default_factory=list)
 
-    def open(self) -> Visit:
+    def open(self, known: str = "#facts") -> Visit:
         """Load the page; note console errors (a violated security policy is one), exceptions, requests elsewhere."""
 
         def on_console(message: Any) -> None:
@@ -67,7 +64,7 @@ class Visit:
         # While somebody listens the browser asks the test for files; to begin listening after a key is too late.
         self.page.on("filechooser", lambda chooser: None)
         self.page.goto(self.site.address)
-        self.page.locator("#facts", has_text="demo").wait_for()
+        self.page.locator(known, has_text="demo").wait_for()
         return self
 
     def choose(self, *files: Any) -> Visit:
@@ -81,7 +78,6 @@ class Visit:
         """Fill in the form of a new class and send it, with the token."""
         self.page.fill("#new-name", name)
         self.page.set_input_files("#new-examples", pictures)
-        self.page.locator("#new-strip li").nth(len(pictures) - 1).wait_for()
         self.page.click("#add-class")
         self.enter(TOKEN)
 
@@ -116,11 +112,7 @@ class Visit:
 def site() -> Iterator[Site]:
     """Its first two classes are in a tree."""
     classifier = with_tree(http_client.load(), [PLACE, PLACE, *[()] * 6])
-    # Texts, plain and adapted embeddings.
     classifier.rename_class("~2", "longwordthatiswiderthanthescreenofaphone", keep_text=True)
-    every_part = Config(method="stack++", parameters=dict(METHODS["stack++"].parameters))
-    classifier._store.change(classifier._fit, lambda _: Retune.of(every_part))
-    assert classifier.unknown_.summary(0.95).startswith("0.95")  # learnt before the page asks
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")
     newcomer = list(pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)])

@@ -56,7 +56,7 @@ export function tensor(canvas) {
 }
 
 function bar([name, probability]) {
-  const length = span("texts");
+  const length = make("span");
   length.style.width = `${100 * probability}%`; // The policy allows no style attribute in markup.
   return make("li", {}, name, span("bar", length), span("probability", percent(probability)));
 }

@@ -8,11 +8,6 @@ const V1 = name ? "" : "v1/";
 const LONGEST_WAIT_S = 60;
 const TRIES = 10; // Of a request that the server is too busy for.
 const TOKEN = "iosr_fast.token";
-// Instead of messages for programs.
-const WORDS = {
-  changes_disabled: "This server takes no changes. Its operator enables them with IOSR_FAST_TOKEN or --token-file.",
-  name_taken: "Another class has this name.",
-};
 
 const token = () => sessionStorage.getItem(TOKEN) ?? "";
 let asked = null; // Of the token, if its dialog is open: whether it was entered.
@@ -35,21 +30,19 @@ function askToken(words) {
 }
 
 /**
- * Send a request, with the token if it is no GET, and read its JSON: {data, roundTripMs}. After a 503 with Retry-After,
- * say so, wait that long and send it again; where another token is needed, ask for it and send it again. Other failures
- * throw an Error with `status` and `code` of the server, if it answered.
+ * Send a request, with the token if it is no GET, and read its JSON. After a 503 with Retry-After, say so, wait that
+ * long and send it again; where another token is needed, ask for it and send it again. Other failures throw an Error
+ * with `status` and `code` of the server, if it answered.
  */
 async function call(path, { method = "GET", body } = {}) {
   for (let tries = 1; ; tries += 1) {
     const sent = method === "GET" ? "" : token();
     const headers = sent ? { Authorization: `Bearer ${sent}` } : {};
-    const start = performance.now();
     const { response, text } = await fetchText(path, { method, body, headers, cache: "no-store" });
-    const roundTripMs = performance.now() - start;
     const wait = Number.parseFloat(response.headers.get("Retry-After"));
     const again = response.status === 503 && tries < TRIES && wait <= LONGEST_WAIT_S;
     try {
-      if (!again) return { data: checked(response, text), roundTripMs };
+      if (!again) return checked(response, text);
     } catch (error) {
       if (error.code === "unauthorized") error.message = sent ? "Wrong token." : "Enter the token.";
       else if (error.code !== "predict_only") throw error;
@@ -79,10 +72,10 @@ function checked({ ok, status, statusText }, text) {
   } catch {
     // Reported below: a proxy may answer with its own page.
   }
-  // If all pictures are bad, the answer is a 422 with an error for each.
+  // If the picture is bad, the answer is a 422 with its error.
   if (data !== null && (ok || data.predictions)) return data;
   const { code, message = `The server answered ${status} ${statusText}`.trim() + "." } = data?.error ?? {};
-  throw Object.assign(new Error(WORDS[code] ?? message), { status, code });
+  throw Object.assign(new Error(message), { status, code });
 }
 
 function form(pictures, fields = {}) {
@@ -97,30 +90,25 @@ const examplePath = (id) => `${V1}examples/${encodeURIComponent(id)}`;
 
 export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
 
-/** Answers to pictures, in their order, or to the parts of one in boxes. */
-export function predict(pictures, { top, nearest, reject }, boxes) {
-  const path = `${V1}predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
-  return call(path, { method: "POST", body: form(pictures, boxes.length ? { boxes: JSON.stringify(boxes) } : {}) });
-}
+export const predict = (picture, reject) =>
+  call(`${V1}predict?top=5&nearest=6${reject ? "&unknown=reject" : ""}`, { method: "POST", body: form([picture]) });
 
 /** All pages of a list, joined in `field` of the first. A change in between shows in the version of a later answer. */
 async function allPages(path, field) {
-  const { data: all } = await call(path);
+  const all = await call(path);
   for (let { next } = all; next; ) {
-    const { data } = await call(`${path}${path.includes("?") ? "&" : "?"}after=${encodeURIComponent(next)}`);
-    all[field].push(...data[field]);
-    next = data.next;
+    const more = await call(`${path}${path.includes("?") ? "&" : "?"}after=${encodeURIComponent(next)}`);
+    all[field].push(...more[field]);
+    next = more.next;
   }
   return all;
 }
 
-export const classifier = async () => (await call(`${V1}classifier`)).data;
+export const classifier = () => call(`${V1}classifier`);
 export const classes = () => allPages(`${V1}classes`, "classes");
 /** The examples of a class with their `class_ids`; of the id "" those of no class. */
 export const examples = (classId) => allPages(`${V1}examples?class_id=${encodeURIComponent(classId)}`, "examples");
-export const unlabelled = async () => (await call(`${V1}examples?class_id=&limit=1`)).data.total;
-export const firstExample = async (classId) =>
-  (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
+export const unlabelled = async () => (await call(`${V1}examples?class_id=&limit=1`)).total;
 
 export const addClass = (name, pictures) => call(`${V1}classes`, { method: "POST", body: form(pictures, { name }) });
 const labels = (ids) => ({ class_id: ids.length ? ids : "" }); // An empty one is no label.

@@ -93,12 +93,12 @@ export function teach(names, files) {
   const examples = count(files.length, "example");
   const send = async () => {
     const pictures = [];
-    for (const file of files) pictures.push((await prepared(file)).file); // One by one: decoded photos are large.
+    for (const file of files) pictures.push(await prepared(file)); // One by one: decoded photos are large.
     return known ? api.addExamples(idsOf(names), pictures) : api.addClass(...names, pictures);
   };
   return known
     ? change(send(), `${examples} added to ${listed(names)}.`)
-    : change(send(), `Class ${listed(names)} added with ${examples}.`, ...names);
+    : change(send(), `Class ${listed(names)} added with ${examples}.`);
 }
 
 function rename({ class_id: id, name: old }) {
