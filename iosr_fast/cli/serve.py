@@ -33,7 +33,7 @@ _TokenFile = Annotated[
 
 def serve(classifiers: list[Path], token_file: Path | None = None, **options: Any) -> None:
     """Serve saved classifiers over HTTP. Clients with the token may change their classes."""
-    for module in ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "threadpoolctl"):
+    for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "threadpoolctl"):
         require(module, "serve")
     options |= {name: tuple(options[name]) for name in _REPEATED}
     settings = Settings(token=_token(token_file), **options)
