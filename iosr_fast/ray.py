@@ -106,7 +106,7 @@ def build_app(bundle: str | Path, settings: Settings | None = None, **options: A
     and signals. `options` are those of ray.serve.deployment: num_replicas, autoscaling_config, ray_actor_options.
     Raises ValueError or OSError for what can't be served here."""
     serve = require("ray.serve", "ray")
-    for module in ("fastapi", "python_multipart", "prometheus_client"):
+    for module in ("fastapi", "prometheus_client"):
         require(module, "serve")
     from iosr_fast.serving.http.open_site import open_classifiers
     from iosr_fast.serving.http.site import Site

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -33,7 +34,9 @@ _TokenFile = Annotated[
 
 def serve(classifiers: list[Path], token_file: Path | None = None, **options: Any) -> None:
     """Serve saved classifiers over HTTP. Clients with the token may change their classes."""
-    for module in ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "threadpoolctl"):
+    if sys.platform == "win32":
+        raise IosrFastError("expected Linux or macOS: the server needs the processes, limits and signals of POSIX")
+    for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "threadpoolctl"):
         require(module, "serve")
     options |= {name: tuple(options[name]) for name in _REPEATED}
     settings = Settings(token=_token(token_file), **options)
@@ -56,7 +59,7 @@ def _take_variable(name: str) -> str | None:
     """The value of an environment variable, which is in no environment afterwards: programs that are started from here
     do not get it, and the bytes that the kernel shows as /proc/PID/environ are overwritten."""
     value = os.environ.get(name)
-    if value and os.name == "posix":
+    if value:
         getenv = ctypes.CDLL(None).getenv
         getenv.restype = ctypes.c_void_p
         if place := getenv(name.encode()):

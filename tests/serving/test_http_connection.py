@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.waiting import wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 BLOCK = GET.replace(b"/", b"/block", 1)
-SLOW, LARGE = GET.replace(b"/", b"/slow", 1), GET.replace(b"/", b"/big", 1)
+SLOW, LARGE, WHOLE = (GET.replace(b"/", path, 1) for path in (b"/slow", b"/big", b"/whole"))
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
 CLOSE = GET[:-2] + b"Connection: close\r\n\r\n"
 SHORT_S = 0.3  # the server's deadlines here, except those of whole seconds
@@ -31,8 +32,7 @@ LONG_S = 6.0  # until a test gives up on a deadline
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch, site(body_timeout_s=1) as it:
-        deadlines = {"_LINGER_S": SHORT_S, "_HEAD_S": SHORT_S, "_HALF_CLOSED_S": SHORT_S, "_KEEP_ALIVE_S": 1.0}
-        for name, seconds in deadlines.items():
+        for name, seconds in {"_LINGER_S": SHORT_S, "_HEAD_S": SHORT_S, "_KEEP_ALIVE_S": 1.0}.items():
             patch.setattr(f"iosr_fast.serving.http.connection.{name}", seconds)
         yield it
 
@@ -43,44 +43,49 @@ def until_closed(connection: socket.socket, trickle: bytes = b"", every_s: float
     connection.settimeout(every_s)
     while time.monotonic() < until:
         try:
-            if trickle:
-                connection.sendall(trickle)
+            connection.sendall(trickle)
             part = connection.recv(65536)
         except TimeoutError:
             continue
         except ConnectionError:
             return answer
+        answer += part
         if not part and not trickle:
             return answer
-        answer += part
         if not part:
             time.sleep(every_s)  # half closed by the server; it must close wholly, whatever we send
     raise AssertionError(f"still open after {LONG_S} s: {answer!r}")
 
 
-def trickled(shared: Site, cases: list[tuple[bytes, bytes]]) -> list[list[int]]:
-    """Statuses on connections that send some bytes, with whole requests first, and then others again and again."""
+def test_no_bytes_but_a_whole_head_extend_a_deadline(shared: Site) -> None:
+    begun = [(b"", b"A"), (b"G", b"A"), (b"\r\n", b"A"), (b"GET / HTTP/1.1\r\n", b"X: a\r\n"), (GET[:-2], b"X: a\r\n")]
+    cases = [(first, trickle, [408]) for first, trickle in begun + [(GET + first, trickle) for first, trickle in begun]]
+    cases += [(b"", b"", []), (GET + b"\r\n", b"", [])]
+    cases += [(GET + b"\r\n", other, [400]) for other in (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0")]
+    for last in (b"", b"Connection: close\r\n"):  # a body that trickles after its answer
+        post = b"POST /unread HTTP/1.1\r\nHost: x\r\n" + last
+        cases.append((post + b"Content-Length: 100000\r\n\r\n", b"a", [200]))
+        cases.append((post + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n", [200]))
 
-    def last_statuses(case: tuple[bytes, bytes]) -> list[int]:
+    def last_statuses(first: bytes, trickle: bytes, _: list[int]) -> list[int]:
         with shared.connect() as connection:
-            connection.sendall(case[0])
-            read_answers(connection, case[0].count(GET))
-            return statuses(until_closed(connection, case[1]))
+            connection.sendall(first)
+            read_answers(connection, first.count(GET))
+            return statuses(until_closed(connection, trickle))
 
     with ThreadPoolExecutor(len(cases)) as pool:
-        return list(pool.map(last_statuses, cases))
+        for case, made in zip(cases, pool.map(last_statuses, *zip(*cases, strict=True)), strict=True):
+            assert made == case[2], case
 
 
-def test_headers_that_trickle_get_408(shared: Site) -> None:
-    begun = [(b"", b"A"), (b"G", b"A"), (b"\r\n", b"A"), (b"GET / HTTP/1.1\r\n", b"X: a\r\n"), (GET[:-2], b"X: a\r\n")]
-    cases = begun + [(GET + first, trickle) for first, trickle in begun]
-    assert trickled(shared, cases) == [[408]] * len(cases)
-
-
-def test_bytes_that_are_no_request_keep_no_connection(shared: Site) -> None:
-    assert trickled(shared, [(b"", b""), (GET + b"\r\n", b"")]) == [[], []]
-    cases = [(GET + b"\r\n", trickle) for trickle in (b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0")]
-    assert trickled(shared, cases) == [[400]] * len(cases)
+def test_the_first_byte_of_a_first_head_extends_no_deadline(shared: Site) -> None:
+    with shared.connect() as connection:
+        wait_until(lambda: len(shared.connections) == 1)
+        (waiting,) = shared.connections
+        deadline = waiting._timer.when()
+        connection.sendall(b"G")
+        wait_until(lambda: waiting._searched == 1)
+        assert waiting._timer.when() == deadline
 
 
 def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
@@ -88,54 +93,56 @@ def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
     assert statuses(shared.ask(GET + b"\r", b"\n", CLOSE, pause_s=0.02)) == [200, 200]
 
 
-@pytest.mark.parametrize("framing", [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
-def test_a_body_that_trickles_after_its_response_is_cut_off(shared: Site, framing: bytes) -> None:
-    for last in (b"", b"Connection: close\r\n"):
-        with shared.connect() as connection:
-            connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + last + framing)
-            trickle = b"a" if b"Length" in framing else b"1\r\na\r\n"
-            assert statuses(until_closed(connection, trickle)) == [200]
-
-
-@pytest.mark.parametrize(
-    "request_", [LARGE, LARGE[:-2] + b"Connection: close\r\n\r\n", GET.replace(b"/", b"/whole", 1)]
-)
-@pytest.mark.parametrize("takes", [0, 512])
-def test_a_client_that_reads_its_response_slowly_is_cut_off(shared: Site, takes: int, request_: bytes) -> None:
+@pytest.mark.parametrize(("request_", "takes", "half_closes"), [
+    (LARGE, 0, False), (LARGE[:-2] + b"Connection: close\r\n\r\n", 512, False), (WHOLE, 512, False), (WHOLE, 0, True),
+])  # fmt: skip
+def test_a_client_that_reads_its_response_slowly_is_cut_off(
+    shared: Site, request_: bytes, takes: int, half_closes: bool
+) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", shared.port))
         connection.settimeout(LONG_S)
         connection.sendall(request_)
+        if half_closes:
+            connection.shutdown(socket.SHUT_WR)
         wait_until(lambda: len(shared.connections) == 1)
         until = time.monotonic() + LONG_S
         while shared.connections:
             assert time.monotonic() < until
             connection.recv(takes)
             time.sleep(0.02)
-    with shared.connect() as connection:
-        connection.sendall(request_ + CLOSE)
-        assert len(read_all(connection)) > BIG
+    assert len(shared.ask(request_ + CLOSE)) > BIG
 
 
-@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT", POST, POST + b"abc", GET + POST, GET * 50, LARGE, SLOW])
-def test_a_half_closed_connection_ends_after_its_complete_requests(shared: Site, sent: bytes) -> None:
+@pytest.mark.parametrize(("sent", "answers"), [
+    (b"", 0), (b"\r\n", 0), (b"GET / HT", 0), (POST, 0), (POST + b"abc", 0), (GET + POST, 1), (LARGE, 1),
+    (SLOW, 1), (SLOW + GET, 1), (POST + bytes(1000), 1),
+])  # fmt: skip
+def test_a_client_that_closes_its_side_gets_the_answer_to_its_whole_request(
+    shared: Site, sent: bytes, answers: int
+) -> None:
     with shared.connect() as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        assert statuses(read_all(connection)) == [200] * (sent.count(GET) + sent.count(LARGE))  # SLOW takes too long
+        answer = read_all(connection)
+        assert statuses(answer) == [200] * answers
+        assert SLOW not in sent or b"connection: close" in answer
     wait_until(lambda: not shared.connections and not shared.server.server_state.tasks)
 
 
-def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
+def test_the_application_hears_of_a_client_that_resets_its_connection(shared: Site) -> None:
     before = shared.gone
-    for request in (SLOW, POST.replace(b"/", b"/slow", 1) + bytes(1000)):
+    posted = POST.replace(b"/", b"/slow", 1) + bytes(1000)
+    for request in (SLOW, posted):
         with shared.connect() as connection:
+            shared.seen.clear()
             connection.sendall(request)
-            time.sleep(0.05)
+            wait_until(lambda: shared.seen)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wait_until(lambda: shared.gone == before + 2)
     with shared.connect() as connection:
-        connection.sendall(request + GET)
+        connection.sendall(posted + GET)
         assert [one["path"] for _, one in read_answers(connection, 2)] == ["/slow", "/"]
     assert shared.gone == before + 2
 
@@ -168,44 +175,23 @@ def test_a_body_that_arrives_before_its_turn_is_read_whole(shared: Site) -> None
             assert read_answers(connection, 1)[0][1]["size"] == 3_000_000
 
 
-def test_the_first_byte_of_a_first_head_extends_no_deadline(shared: Site) -> None:
-    with shared.connect() as connection:
-        wait_until(lambda: len(shared.connections) == 1)
-        (waiting,) = shared.connections
-        deadline = waiting._timer.when()
-        connection.sendall(b"G")
-        wait_until(lambda: waiting._searched == 1)
-        assert waiting._timer.when() == deadline
-
-
-def blocked(shared: Site, requests: list[tuple[str, bytes]], keep: int = 10_000) -> list[str]:
-    """The paths that begin while the loop stands still for requests to come: each from an address, on a connection of
-    its own; the first `keep` of these stay open."""
+@pytest.mark.parametrize(("request_", "stays"), [(GET, True), (POST + bytes(1000), False)])
+def test_a_client_does_not_wait_for_the_connections_of_another(shared: Site, request_: bytes, stays: bool) -> None:
+    """The event loop stands still while they come, 200 of the other one, which it leaves open or not."""
     with contextlib.ExitStack() as opened:
-        blocking = opened.enter_context(shared.connect("127.0.0.9"))
         shared.go_on.clear()
-        blocking.sendall(BLOCK)
+        opened.enter_context(shared.connect("127.0.0.9")).sendall(BLOCK)
         wait_until(lambda: ("GET", "/block", 0) in shared.seen)
         shared.seen.clear()
-        for number, (source, request) in enumerate(requests):
-            connection = opened.enter_context(shared.connect(source))
-            connection.sendall(request)
-            if number >= keep:
+        for _ in range(200):
+            connection = opened.enter_context(shared.connect("127.0.0.2"))
+            connection.sendall(request_)
+            if not stays:
                 connection.close()
+        opened.enter_context(shared.connect()).sendall(GET.replace(b"/", b"/last", 1))
         shared.go_on.set()
-        wait_until(lambda: any(path == "/last" for _, path, _ in shared.seen))
-        return [path for _, path, _ in shared.seen]
-
-
-def test_a_request_of_another_client_does_not_wait_for_those_of_one(shared: Site) -> None:
-    last = "127.0.0.1", GET.replace(b"/", b"/last", 1)
-    assert blocked(shared, [("127.0.0.2", GET)] * 200 + [last]).index("/last") < 100
-
-
-def test_a_newcomer_does_not_wait_for_those_that_one_client_opens_and_leaves(shared: Site) -> None:
-    posted = POST + bytes(1000)
-    last = "127.0.0.1", GET.replace(b"/", b"/last", 1)
-    assert blocked(shared, [("127.0.0.2", posted)] * 200 + [last], keep=0).index("/last") < 100
+        wait_until(lambda: ("GET", "/last", 0) in shared.seen)
+    assert shared.seen.index(("GET", "/last", 0)) < 100
 
 
 def test_a_refusal_reaches_a_client_that_still_sends(shared: Site) -> None:
@@ -262,25 +248,17 @@ def test_a_client_is_an_ipv4_address_or_an_ipv6_network(host: str, client: str) 
     assert client_of((host, 1)) == client and client_of(None) == ""
 
 
-def test_a_client_whose_connections_are_all_busy_loses_one_to_another() -> None:
-    with site(max_connections=8) as crowded, contextlib.ExitStack() as opened:
-        many = [opened.enter_context(crowded.connect("127.0.0.2")) for _ in range(8)]
-        for connection in many:
-            connection.sendall(SLOW)
-        wait_until(lambda: len(crowded.seen) == 8)
-        assert statuses(crowded.ask(CLOSE)) == [200]
-        assert sorted(bool(read_all(connection)) for connection in many) == [False] + [True] * 7
-
-
-def test_the_newest_connection_gets_503_where_all_others_are_busy() -> None:
+@pytest.mark.parametrize(("source", "new", "old"), [("127.0.0.2", 200, [0] + [200] * 3), ("127.0.0.1", 503, [200] * 4)])
+def test_where_all_connections_are_busy_the_client_with_most_loses_one(source: str, new: int, old: list[int]) -> None:
+    """Its oldest one, or the newest if that is its own."""
     with site(max_connections=4) as crowded, contextlib.ExitStack() as opened:
-        many = [opened.enter_context(crowded.connect()) for _ in range(4)]
+        many = [opened.enter_context(crowded.connect(source)) for _ in range(4)]
         for connection in many:
-            connection.sendall(SLOW)
+            connection.sendall(CLOSE.replace(b"/", b"/slow", 1))
         wait_until(lambda: len(crowded.seen) == 4)
-        refused = crowded.ask(GET)
-        assert statuses(refused) == [503] and b"retry-after: 1\r\n" in refused
-        assert [read_answers(connection, 1)[0][0] for connection in many] == [200] * 4
+        answer = crowded.ask(CLOSE)
+        assert statuses(answer) == [new] and (b"retry-after: 1\r\n" in answer) == (new == 503)
+        assert sorted(sum(statuses(read_all(connection))) for connection in many) == old
         assert statuses(crowded.ask(CLOSE)) == [200]
 
 
@@ -303,7 +281,10 @@ def test_a_stop_answers_accepted_requests_and_closes_the_rest() -> None:
     running.stop()
 
 
-def test_a_stop_answers_a_request_whose_turn_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("half_closes", [False, True])
+def test_a_request_whose_turn_has_not_come_is_answered_at_a_stop_or_half_close(
+    half_closes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put, late = Peers.put, list[object]()
 
     def put_later(peers: Peers, one: Any, loop: Any) -> None:
@@ -313,13 +294,14 @@ def test_a_stop_answers_a_request_whose_turn_has_not_come(monkeypatch: pytest.Mo
             late.append(loop.call_later(0.4, put, peers, one, loop))
 
     monkeypatch.setattr(Peers, "put", put_later)
-    running = Site()
-    with running.connect() as connection:
-        connection.sendall(SLOW)
+    with site() as running, running.connect() as connection:
+        connection.sendall(GET)
         wait_until(lambda: late)
-        running.server.should_exit = True
+        if half_closes:
+            connection.shutdown(socket.SHUT_WR)
+        else:
+            running.server.should_exit = True
         assert statuses(read_all(connection)) == [200]
-    running.stop()
 
 
 @pytest.mark.parametrize(

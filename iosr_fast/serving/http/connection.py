@@ -18,7 +18,6 @@ from iosr_fast.serving.http.turns import Peers
 
 _HEAD_S = 10.0  # from its first byte to its last
 _KEEP_ALIVE_S = 65.0
-_HALF_CLOSED_S = 1.0  # until the answer begins, for a client that has closed its side and may be gone
 _LINGER_S = 5.0  # to read what a client still sends after its answer; if closed at once, it might miss the answer
 
 
@@ -27,14 +26,13 @@ class Connection(HttpToolsProtocol):
 
     Each head is checked by check_head and then parsed by llhttp, which sees nothing but this head: so it never
     upgrades, and the next request begins where Body says. During a request at most MAX_HEAD bytes of further ones are
-    kept; with more the connection is closed. The connection waits for its client in five states. Each has a timeout
+    kept; with more the connection is closed. The connection waits for its client in four states. Each has a timeout
     that no received byte extends:
 
     - for a head: _HEAD_S for the first one, _KEEP_ALIVE_S until a later one begins, and then _HEAD_S from its first
       byte (408),
     - for a body: `body_timeout_s` (middleware.BoundedBody, 408),
     - until the client reads its answer: `body_timeout_s`,
-    - after the client has closed its side, until the answer begins: _HALF_CLOSED_S,
     - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
 
     One that is `surplus` (Listener) gets 503. All connections of a server share `peers`.
@@ -83,13 +81,13 @@ class Connection(HttpToolsProtocol):
         self._bound_buffer()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client closed its side. Answer a complete request soon, drop an incomplete one."""
-        if self.finished or not (self._has_request or self._head):
-            self._wait(_LINGER_S)  # for the client to read what is written
-            return False
+        """The client closed its side. Close after the answer to a complete request, else now; `begin` asks again."""
         self._half_closed = True
-        if self._has_request and not self.cycle.response_started:
-            self._wait(_HALF_CLOSED_S)
+        if self._has_request and not (self.finished or self.cycle.response_complete):
+            self.cycle.keep_alive = False
+        elif not self._head:
+            self._wait(_LINGER_S)  # for the client to read what is written
+            self._socket.close()
         return True
 
     def pause_writing(self) -> None:
@@ -149,13 +147,6 @@ class Connection(HttpToolsProtocol):
         self._wait(_KEEP_ALIVE_S)
         self.flow.resume_reading()
         self._read(b"")
-        if self._half_closed and not self._head:
-            self._close_half()
-
-    def _close_half(self) -> None:
-        """Close for a client that has closed its side before a whole request."""
-        self._wait(_LINGER_S)
-        self._socket.close()
 
     def _read(self, data: bytes) -> None:
         """Take bytes of a body or of a head."""
@@ -207,8 +198,8 @@ class Connection(HttpToolsProtocol):
             self._start(head, body, parts)
         except ApiError as error:
             self._refuse(error)
-        if self._half_closed and not self._has_request:
-            self._close_half()
+        if self._half_closed:
+            self.eof_received()
         self._bound_buffer()
 
     def _start(self, head: bytes, body: Body, parts: list[bytes]) -> None:
@@ -242,8 +233,6 @@ class Connection(HttpToolsProtocol):
                 self.cycle.keep_alive = self._keep_alive
             if self.cycle.response_complete:
                 self._next()
-            elif self._half_closed:
-                self._wait(_HALF_CLOSED_S)
             else:
                 self._stop_waiting()
         elif self.cycle.response_complete:

@@ -41,8 +41,7 @@ class EmbeddingUploads(Uploads):
         """The rows (width,) of a body. Raises ApiError."""
         if boxes is not None:
             raise ApiError(422, "invalid_parameters", "expected no boxes: this server takes embeddings and no images")
-        kind, _ = content_type(request)
-        if kind != b"application/json":
+        if (kind := content_type(request)) != "application/json":
             expected = f"application/json, because this server takes embeddings and no images: {self._form}"
             raise wrong_type(kind, expected)
         body = await request.body()

@@ -72,15 +72,14 @@ def logs_to_stderr() -> Iterator[None]:
     """Within the block, a separate thread writes all logs of this process to stderr: to a terminal lines for people,
     to a file or pipe JSON."""
     root = logging.getLogger()
-    before, quiet = root.handlers[:], {"python_multipart": logging.ERROR, "uvicorn.error": logging.WARNING}
+    before = root.handlers[:]
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(Formatter(sys.stderr.isatty()))
     records: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
     listener = QueueListener(records, to_stderr)
     root.handlers[:] = [_Queue(records)]
     logger.setLevel(logging.INFO)
-    for name, minimum in quiet.items():  # what clients send must not fill the log
-        logging.getLogger(name).setLevel(minimum)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what clients send must not fill the log
     listener.start()
     try:
         yield

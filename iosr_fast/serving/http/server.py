@@ -8,6 +8,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -87,10 +88,9 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
             if sys.stderr.isatty():
                 print(f"The page is at http://{_LOCAL.get(host, host)}:{port}/ (Ctrl-C stops it)", file=sys.stderr)
             server = _Server(site)
-            hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; nohup ignores it
-            if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:
-                signal.signal(hang_up, server.handle_exit)
-                closing.callback(signal.signal, hang_up, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # of a terminal that closes; nohup ignores it
+                signal.signal(signal.SIGHUP, server.handle_exit)
+                closing.callback(signal.signal, signal.SIGHUP, signal.SIG_DFL)
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
         log("stopped", seconds=round(time.perf_counter() - start, 3))
@@ -116,10 +116,6 @@ def keep_freed_memory() -> bool:
 def _allow_files(settings: Settings) -> None:
     """Raise the limit of open files to the maximum: the kernel hands over all pending connections at once, before the
     surplus can be closed. Raises ValueError if `max_connections` exceeds the limit."""
-    try:
-        import resource
-    except ImportError:
-        return  # Windows has no such limit
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     if limit != resource.RLIM_INFINITY and settings.max_connections + _FILES > limit:

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
-from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
@@ -28,14 +27,18 @@ from iosr_fast.serving.http.settings import Settings
 _MAX_TEXT = 4 * MAX_LENGTH  # bytes of a text field in UTF-8
 _BOX_TEXT = 128  # bytes of a box in JSON
 _MAX_HEADERS = 4096  # bytes of the headers of a part
-_MAX_TYPE = 1024  # bytes of a Content-Type; its parser takes quadratic time
 _FORMS = "multipart/form-data with file fields `images`"
-_PARAMETERS = rb'(?:[ \t]*+;[ \t]*+(?!name=)[\w*.-]++=(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^;" \t]*+))*+'
-# With one name among other parameters. Possessive repetitions take linear time.
-_DISPOSITION = re.compile(
-    rb'form-data%b[ \t]*+;[ \t]*+name=(?:"([^"\\]++)"|([^;" \t]++))%b[ \t]*+;?' % (_PARAMETERS, _PARAMETERS),
-    re.IGNORECASE | re.DOTALL,
-)
+
+
+def _header(value: bytes, name: bytes) -> re.Pattern[bytes]:
+    """Matches a header `value` that has the parameter `name` once among others. Possessive repetitions take linear
+    time."""
+    others = rb'(?:[ \t]*+;[ \t]*+(?!%b=)[\w*.-]++=(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^;" \t]*+))*+' % name
+    one = rb'[ \t]*+;[ \t]*+%b=(?:"([^"\\]++)"|([^;" \t]++))' % name
+    return re.compile(value + others + one + others + rb"[ \t]*+;?", re.IGNORECASE | re.DOTALL)
+
+
+_FORM_TYPE, _DISPOSITION = _header(rb"multipart/form-data", b"boundary"), _header(rb"form-data", b"name")
 
 # In order: encoded images, parts of one, or rows of embeddings; the error of an image that no decoder should see.
 Images: TypeAlias = "list[Encoded | Crop | np.ndarray | ApiError]"
@@ -57,12 +60,11 @@ class Uploads:
         """Images to classify: one as the body (image/*, application/octet-stream, or no type), or a form. With `boxes`,
         of the query or a field of the form, the parts of the only image instead, or its error for each."""
         given = [] if boxes is None else [boxes]
-        kind, options = content_type(request)
-        body = await request.body()
-        if kind == b"multipart/form-data":
-            images, texts = await asyncio.to_thread(self._read_parts, body, options, ("boxes",))
+        kind, body = content_type(request), await request.body()
+        if kind == "multipart/form-data":
+            images, texts = await asyncio.to_thread(self._read_parts, request, body, ("boxes",))
             given += texts.get("boxes", [])
-        elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
+        elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
             images = [self.check(body)] if body else []
         else:
             raise wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
@@ -81,10 +83,9 @@ class Uploads:
         """Images and text fields of a form that has each of `texts` at most once, each of `repeated` up to MAX_TEXTS
         times. 400 for any other field, 422 for a refused image, because a change is made with all of its images or not
         at all."""
-        kind, options = content_type(request)
-        if kind != b"multipart/form-data":
+        if (kind := content_type(request)) != "multipart/form-data":
             raise wrong_type(kind, "multipart/form-data")
-        images, fields = await asyncio.to_thread(self._read_parts, await request.body(), options, texts, repeated)
+        images, fields = await asyncio.to_thread(self._read_parts, request, await request.body(), texts, repeated)
         for i, image in enumerate(images):
             if isinstance(image, ApiError):
                 raise ApiError(422, image.code, f"image number {i}: {image.detail}")
@@ -104,12 +105,12 @@ class Uploads:
         return ApiError(422, "too_many_pixels", message) if message else Encoded(data, size)
 
     def _read_parts(
-        self, body: bytes, options: dict[bytes, bytes], texts: tuple[str, ...] = (), repeated: tuple[str, ...] = ()
+        self, request: Request, body: bytes, texts: tuple[str, ...] = (), repeated: tuple[str, ...] = ()
     ) -> tuple[Images, dict[str, list[str]]]:
         """For a thread, which gives way between parts: a form has up to a thousand, a JPEG hundreds of segments."""
         images: Images = []
         fields: dict[str, list[str]] = {}
-        for name, content in _parts(body, options.get(b"boundary", b"")):
+        for name, content in _parts(body, request.headers["content-type"].encode("latin-1")):
             if name == "images":
                 if len(images) == self._max_images:
                     raise ApiError(413, "too_many_images", f"expected at most {self._max_images} images, got more")
@@ -140,12 +141,14 @@ class Uploads:
         return boxes
 
 
-def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
+def _parts(body: bytes, content_type: bytes) -> Iterator[tuple[str, bytes]]:
     """Name and content of each part of a form (RFC 7578), whose body is in memory already.
 
-    Stricter than python-multipart's parser, which reads other text after a boundary, and parts with two
-    Content-Dispositions, of which a proxy may read the other one.
+    Strict: other text after a boundary, a second boundary and parts with two Content-Dispositions, of which a proxy
+    may read the other one, are refused.
     """
+    form_type = _FORM_TYPE.fullmatch(content_type.strip())
+    boundary = form_type[1] or form_type[2] if form_type else b""
     delimiter = b"\r\n--" + boundary
     if not 0 < len(boundary) <= 70 or not body.startswith(delimiter[2:]):
         raise _bad_form("it does not begin with the boundary of its Content-Type, of at most 70 bytes")
@@ -172,16 +175,13 @@ def _bad_form(reason: str) -> ApiError:
     return ApiError(400, "bad_form", f"the multipart form is damaged: {reason}")
 
 
-def wrong_type(kind: bytes, expected: str) -> ApiError:
-    got = kind.decode("latin-1")[:100] or "none"
-    return ApiError(415, "unsupported_type", f"expected a Content-Type of {expected}, got {got}")
+def wrong_type(kind: str, expected: str) -> ApiError:
+    return ApiError(415, "unsupported_type", f"expected a Content-Type of {expected}, got {kind[:100] or 'none'}")
 
 
-def content_type(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
+def content_type(request: Request) -> str:
+    """The type of a body, without parameters. Raises ApiError for a compressed one."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(415, "unsupported_encoding", f"expected a body without Content-Encoding, got {encoding[:40]!r}")
-    kind = request.headers.get("content-type", "")
-    if len(kind) > _MAX_TYPE:
-        raise wrong_type(kind.encode("latin-1"), f"at most {_MAX_TYPE} bytes")
-    return parse_options_header(kind)
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
