@@ -21,8 +21,8 @@ from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving import check_sample
 from iosr_fast.serving.check_sample import CheckSample
+from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.kept_folder import KeptFolder, KeptTable, is_picture_name, picture_name, time_text
-from iosr_fast.serving.shares import Shares
 
 TABLE = "collected.csv"
 COLUMNS = ("path", "guess", "probability", "reason", "time", "client")

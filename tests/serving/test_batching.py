@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import ClosedError, DeadlineExceededError, NotFittedError, QueueFullError
-from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, workers
+from iosr_fast.serving.batching import BatchingClassifier, batching_classifier, item, queue, workers
 from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
@@ -55,7 +55,7 @@ def make(classifier: FakeClassifier) -> Iterator[Callable[..., BatchingClassifie
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that a test moves."""
     fake = SimpleNamespace(now=1000.0, monotonic=lambda: fake.now)
-    for module in (item, queue, front, workers):
+    for module in (item, queue, batching_classifier, workers):
         monkeypatch.setattr(module, "time", fake)
     return fake
 

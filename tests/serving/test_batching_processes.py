@@ -67,6 +67,7 @@ def decoders_of(batching: BatchingClassifier) -> Any:
 
 
 def works(decoder: Decoder) -> bool:
+    decoder.start()
     return decoder.decode(to_decode(GREY, Geometry(4)))[0].tolist() == picture(7).tolist()
 
 
@@ -153,8 +154,9 @@ def test_a_process_has_few_rights(decoder: Decoder, monkeypatch: pytest.MonkeyPa
 )
 def test_an_image_that_takes_too_long_is_stopped_alone(data: bytes) -> None:
     with closing(slow_decoder(0.05)) as decoder:
-        pid = pid_of(decoder)
         for whole in (False, True):
+            decoder.start()
+            pid = pid_of(decoder)
             with pytest.raises(BadImageError, match=r"number 3: it takes more than 0.05 s"):
                 decoder.decode(to_decode(data, Geometry(64), 3, whole=whole))
         assert is_gone(pid) and works(decoder)
@@ -186,12 +188,7 @@ def test_an_image_that_crashes_its_decoder_fails_alone(decoder: Decoder, number:
     assert works(decoder) and is_gone(pid)
 
 
-def test_a_decoder_that_dies_idle_or_while_it_starts_fails_at_most_one_image(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.kill(pid_of(decoder), signal.SIGKILL)
-    until(lambda: decoder._process.poll() is not None)  # type: ignore[union-attr]
-    assert works(decoder), "no image is to blame"
+def test_a_decoder_that_dies_idle_or_while_it_starts_fails_at_most_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     start = processes._interpreter
     with BatchingClassifier(FakeClassifier(), decode_threads=1, isolated=True) as batching:
         killed: list[int] = []

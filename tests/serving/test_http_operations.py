@@ -80,20 +80,21 @@ def test_readiness_has_a_reason(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_full_queue_says_how_long_it_will_take(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds, header in ((7.2, "8"), (0.01, "1")):
-        monkeypatch.setattr(BatchingClassifier, "check_room", Mock(side_effect=QueueFullError("it is full", seconds)))
+        monkeypatch.setattr(BatchingClassifier, "submit_many", Mock(side_effect=QueueFullError("it is full", seconds)))
         response = shared.predict(GREY)
         assert error_of(response, 503) == "queue_full" and response.headers["Retry-After"] == header
 
 
 def test_all_shares_of_an_ipv6_network_are_one(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares, room = Mock(side_effect=shared.service.bodies.take), Mock(side_effect=shared.service.batching.check_room)
+    shares, submit = Mock(side_effect=shared.service.bodies.take), Mock(side_effect=shared.service.batching.submit_many)
     monkeypatch.setattr(shared.service.bodies, "take", shares)
-    monkeypatch.setattr(shared.service.batching, "check_room", room)
+    monkeypatch.setattr(shared.service.batching, "submit_many", submit)
     for host in ("2001:db8::1", "2001:db8::2:3"):
         transport = httpx.ASGITransport(shared.app, client=(host, 1))
         asked = httpx.AsyncClient(transport=transport, base_url="http://test").post("/v1/predict", content=GREY)
         assert shared.run(asked).status_code == 200
-    assert {call.args[0] for call in (*shares.mock_calls, *room.mock_calls)} == {"2001:db8::/64"}
+    clients = [call.args[0] for call in shares.mock_calls] + [call.kwargs["client"] for call in submit.mock_calls]
+    assert set(clients) == {"2001:db8::/64"} and submit.mock_calls
 
 
 def test_answers_that_do_not_change_are_made_once(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,17 +123,12 @@ def test_one_that_has_no_answer_has_an_error_in_its_place(several: Client) -> No
 
 def test_a_full_queue_is_an_error_in_its_place(several: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=QueueFullError("it is full", 7.0))
-
-    async def unread() -> Any:
-        pytest.fail("the body is read")
-        yield
-
     for name, before in (("turned", ["kind"]), ("kind", [])):
-        monkeypatch.setattr(several.service.services[name].batching, "check_room", full)
+        monkeypatch.setattr(several.service.services[name].batching, "submit_many", full)
         if before:
             answers = ask(several, "turned", "kind").json()["classifiers"]
             assert answers["turned"]["error"]["code"] == "queue_full" and "predictions" in answers["kind"]
-    refused = several.ask("POST", "/v1/predict?classifier=turned&classifier=kind", content=unread())
+    refused = ask(several, "turned", "kind")
     assert error_of(refused, 503) == "queue_full" and refused.headers["Retry-After"] == "7"
 
 

@@ -116,7 +116,7 @@ def test_what_is_removed_never_begins_and_leaves_nothing_behind() -> None:
         return peers
 
     peers = asyncio.run(remove())
-    assert peers.count == 0 and not (peers._peers or peers._turns or peers._running)
+    assert peers.count == 0 and not (peers._peers or peers._ready or peers._running)
 
 
 def test_the_client_with_most_connections_loses_its_oldest_one() -> None:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import Metric
 
 from iosr_fast.head.predictions import ClassScore, Prediction
-from iosr_fast.serving.shares import Shares
+from iosr_fast.serving.fairness import Shares
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -103,7 +103,6 @@ def make_router(served: Served) -> APIRouter:
             if isinstance(served, Front):
                 return schemas.long_answer(*await _ask_several(served, classifier, request, boxes, asked))
             assert isinstance(served, Service)
-            served.batching.check_room(asked["client"])  # before the body is read, which makes refusals cheap
             images = await served.uploads.read_images(request, boxes)
             results = await _classify(served, request, images, {"classifier": served.name, **asked})
         except IosrFastError as error:
@@ -214,7 +213,6 @@ async def _ask_several(
                 if asked["keep"] is not None:
                     await found.serve_unknown()
                 Abstention(asked["keep"], max_error=asked["max_error"]).check(found.head)
-                found.batching.check_room(asked["client"])
                 engines.setdefault(found.batching, []).append(found)
             except IosrFastError as error:
                 answers[name] = _failed(found, error)

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iosr_fast.encoders.rows import Rows
+from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.logs import log
@@ -16,7 +17,6 @@ from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.recent import Recent
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
-from iosr_fast.serving.shares import Shares
 from iosr_fast.utils.text import did_you_mean
 
 if TYPE_CHECKING:
