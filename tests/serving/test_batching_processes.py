@@ -27,7 +27,7 @@ from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching import decoder as processes
 from iosr_fast.serving.batching.decoder import Decoder
 from tests import ROOT
-from tests.images.jpegs import jpeg, scan
+from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.pictures import encode
 from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, labels, picture, to_decode, until
 from tests.serving.hostile_images import FAIR, IMAGES
@@ -41,6 +41,7 @@ LIMITS = DecodeLimits(8 << 20, 50_000_000)
 GREY = encode(np.full((9, 9, 3), 7, np.uint8))
 SLOW = encode(Image.new("RGB", (7000, 7000)))  # far longer than a tenth of a second
 DC, AC = scan(1, 2, 3, band=(0, 0, 0)), scan(1, band=(1, 63, 0))
+HIDDEN = segment(COMMENT, END)  # no end for a decoder
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_a_process_has_few_rights(decoder: Decoder, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "data",
-    [SLOW, jpeg(0xC2, 7000, 7000, DC, *[AC] * 8000), jpeg(0xC0, 7000, 7000, *[scan(1)] * 8000)],
+    [SLOW, jpeg(0xC2, 7000, 7000, DC, HIDDEN, *[AC] * 8000), jpeg(0xC0, 7000, 7000, *[scan(1)] * 8000)],
     ids=["large", "progressive scans", "baseline scans"],
 )
 def test_an_image_that_takes_too_long_is_stopped_alone(data: bytes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 import pytest
 
@@ -59,9 +58,10 @@ def test_clients_leave_the_loop_to_those_whose_requests_run(flooding: int, besid
 
 
 def test_a_client_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.turns.Peers._schedule", schedule := Schedule())
+    schedule, waits = Peers._schedule, list[float]()
+    monkeypatch.setattr(Peers, "_schedule", lambda *given: waits.append(given[-1]) or schedule(*given))
     shares(1, 0, seconds=0.1)
-    assert schedule.waits and not any(schedule.waits)
+    assert waits and not any(waits)
 
 
 @pytest.mark.parametrize(("clients", "first"), [("a", "aaaaaaaa"), ("ab", "ab")])
@@ -83,22 +83,6 @@ def test_a_pass_begins_several_requests_of_a_lone_client_and_one_of_the_next_of_
         return "".join(begun)
 
     assert asyncio.run(passes()) == first
-
-
-class Schedule:
-    """Peers._schedule that notes how long it waits."""
-
-    def __init__(self) -> None:
-        self.waits: list[float] = []
-
-    def __get__(self, peers: Any, _: Any) -> Any:
-        def schedule(loop: asyncio.AbstractEventLoop, wait_s: float) -> None:
-            self.waits.append(wait_s)
-            if peers._handle is not None:
-                peers._handle.cancel()
-            peers._handle = loop.call_soon(peers._begin_next, loop)
-
-        return schedule
 
 
 def test_what_is_removed_never_begins_and_leaves_nothing_behind() -> None:
