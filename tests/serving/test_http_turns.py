@@ -64,7 +64,7 @@ def test_a_client_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch
     assert waits and not any(waits)
 
 
-@pytest.mark.parametrize(("clients", "first"), [("a", "aaaaaaaa"), ("ab", "ab")])
+@pytest.mark.parametrize(("clients", "first"), [("a", 16 * "a"), ("ab", "ab")])
 def test_a_pass_begins_several_requests_of_a_lone_client_and_one_of_the_next_of_others(
     clients: str, first: str
 ) -> None:
@@ -76,9 +76,10 @@ def test_a_pass_begins_several_requests_of_a_lone_client_and_one_of_the_next_of_
 
     async def passes() -> str:
         peers = Peers()
+        peers._cost_s = 60.0  # as if one took a minute, of which nobody has to wait for a share
         for one in [Once(peers, name) for name in clients for _ in range(20)]:
             one.ask()
-        for _ in clients:
+        for _ in range(2):
             await asyncio.sleep(0)
         return "".join(begun)
 
