@@ -12,8 +12,8 @@ from iosr_fast.head.labels import SEPARATOR
 from iosr_fast.head.predictions import Prediction
 from iosr_fast.head.verdict import nodes_above
 from iosr_fast.methods.checks import checked
+from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.kept_folder import CHECKS, KeptFolder, picture_name, time_text
-from iosr_fast.serving.shares import Shares
 
 _READ_S = 5.0  # between two readings of the labels
 _RULE = "rule 2"  # by which thresholds are computed: rises where those of the same classifier change

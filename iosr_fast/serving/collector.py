@@ -20,8 +20,8 @@ from iosr_fast.head.predictions import predict
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.check_sample import CheckSample
+from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.kept_folder import CHECKS, COLLECTED, KeptFolder, picture_name, time_text
-from iosr_fast.serving.shares import Shares
 
 UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found"
 _WAITING = 64 << 20  # bytes of uploads that wait to be judged

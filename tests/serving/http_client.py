@@ -124,7 +124,7 @@ class Client:
 
     def __init__(self, site: Site) -> None:
         self.app, self.site = create_app(site), site
-        self.served = self.service = site.served.get("")  # the only classifier
+        self.served = site.served.get("")  # the only classifier
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import ClosedError, DeadlineExceededError, NotFittedError, QueueFullError
-from iosr_fast.serving.batching import BatchingClassifier, front, item, queue, workers
+from iosr_fast.serving.batching import BatchingClassifier, batching_classifier, item, queue, workers
 from tests.pictures import encode
 from tests.serving.batching_fakes import (
     PATIENCE_S,
@@ -55,7 +55,7 @@ def make(classifier: FakeClassifier) -> Iterator[Callable[..., BatchingClassifie
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that a test moves."""
     fake = SimpleNamespace(now=1000.0, monotonic=lambda: fake.now)
-    for module in (item, queue, front, workers):
+    for module in (item, queue, batching_classifier, workers):
         monkeypatch.setattr(module, "time", fake)
     return fake
 
@@ -157,6 +157,22 @@ def test_an_image_that_is_late_is_not_encoded(make, classifier: FakeClassifier, 
         assert isinstance(raised.value, DeadlineExceededError)
     assert labels(in_time) == [4, 3] and sorted(sum(classifier.encoder.batches, [])) == [0, 3, 4]  # noqa: RUF017
     assert [outcome for outcome, _ in watcher.done].count("deadline") == 3
+
+
+def test_an_image_that_would_be_late_is_refused(make, classifier: FakeClassifier, clock) -> None:
+    watcher = Watcher()
+    batching = make(max_batch=1, observer=watcher)
+    classifier.encoder.raises = lambda numbers: classifier.encoder.open.clear() if numbers == [0] else None
+    with classifier.held(batching):
+        first = batching.submit_many([picture(1), picture(2)], deadline_s=1.0)  # nothing has taken any time yet
+        clock.now += 0.8
+    until(lambda: batching.pending == 2)
+    with pytest.raises(QueueFullError, match=r"take about 1\.6 s with 2 images ahead") as refused:
+        batching.submit(picture(3), deadline_s=1.0)
+    assert refused.value.retry_after_s == pytest.approx(0.6) and watcher.refused == ["deadline"]
+    others = [batching.submit(picture(4), deadline_s=2.0), batching.submit(picture(5), client="new", deadline_s=0.1)]
+    classifier.encoder.open.set()
+    assert labels([*first, *others]) == [1, 2, 4, 5]
 
 
 def test_a_cancelled_image_frees_its_place(make, classifier: FakeClassifier) -> None:

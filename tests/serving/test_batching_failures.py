@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,10 @@ def test_parts_have_the_margin_of_the_fit(classifier: FakeClassifier, margin: fl
             assert outcomes(batching.submit_many([inside, inside, outside])) == [expected, expected, "BadImageError"]
 
 
-def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatch) -> None:
+def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatch, tmp_path: Path) -> None:
     limits = DecodeLimits(max_bytes=500, max_pixels=1000)
     noise = encode(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
+    (tmp_path / "a.png").write_bytes(noise)
     opened: list[Any] = []
     resize_and_crop = preprocess.resize_and_crop
     monkeypatch.setattr(preprocess, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
@@ -98,6 +100,7 @@ def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatc
             "got 32 x 33": np.zeros((33, 32), np.uint8),
             "got 40 x 41": Crop(encode(np.full((41, 40, 3), 7, np.uint8)), Box(0, 0, 9, 9)),
             r"at most 500 encoded bytes, got \d+": noise,
+            r"a.png: expected at most 500 encoded bytes": tmp_path / "a.png",
             r"at most 500 encoded bytes, got \d\d": Crop(noise, Box(0, 0, 9, 9)),
         }.items():
             with pytest.raises(BadImageError, match=said):

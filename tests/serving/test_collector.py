@@ -48,7 +48,7 @@ def collecting(
             """Pictures one by one, of `noise` by their seeds, of a client; returns when they are judged."""
             for image in images:
                 data = image if isinstance(image, bytes) else encode(noise(image))
-                client.service.batching.submit(data, client=by).result(20)
+                client.served.batching.submit(data, client=by).result(20)
             collector.settle()
 
         yield client, outcomes, send
@@ -266,12 +266,12 @@ def test_a_probe_is_nobodys_picture_and_its_bytes_may_be_somebodys(
 ) -> None:
     probe_soon(monkeypatch)
     with collecting(tmp_path) as (client, outcomes, send):
-        monkeypatch.setattr(client.service.uploads, "probe", encode(noise()))
+        monkeypatch.setattr(client.served.uploads, "probe", encode(noise()))
         wait_until(lambda: client.get("/healthz").status_code == 200 and "seconds_count" in client.get("/metrics").text)
         send()
         assert not outcomes and not pictures(tmp_path)
         assert "iosr_fast_predictions_total{" not in client.get("/metrics").text
-        assert math.isnan(client.service.recent.median_probability)
+        assert math.isnan(client.served.recent.median_probability)
         send(grey_png(), 1)
         assert outcomes == ["kept", "kept"]
 

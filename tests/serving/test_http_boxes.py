@@ -50,7 +50,7 @@ def test_each_part_is_answered_in_order_as_by_the_library(isolated: bool) -> Non
         bad = made.pop(2)["error"]
         assert bad["code"] == "bad_image" and "expected a box within the picture of 400 x 300 pixels" in bad["message"]
         crops = [Crop(data, Box.of(box)) for box in BOXES]
-        expected = client.service.classifier.explain(crops)
+        expected = client.served.classifier.explain(crops)
         assert [one["label"] for one in made] == [one.label for one in expected]
         wanted = pytest.approx([one.probability for one in expected], abs=1e-5)
         assert [one["probability"] for one in made] == wanted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 import pytest
 
@@ -59,12 +58,13 @@ def test_clients_leave_the_loop_to_those_whose_requests_run(flooding: int, besid
 
 
 def test_a_client_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.turns.Peers._schedule", schedule := Schedule())
+    schedule, waits = Peers._schedule, list[float]()
+    monkeypatch.setattr(Peers, "_schedule", lambda *given: waits.append(given[-1]) or schedule(*given))
     shares(1, 0, seconds=0.1)
-    assert schedule.waits and not any(schedule.waits)
+    assert waits and not any(waits)
 
 
-@pytest.mark.parametrize(("clients", "first"), [("a", "aaaaaaaa"), ("ab", "ab")])
+@pytest.mark.parametrize(("clients", "first"), [("a", 16 * "a"), ("ab", "ab")])
 def test_a_pass_begins_several_requests_of_a_lone_client_and_one_of_the_next_of_others(
     clients: str, first: str
 ) -> None:
@@ -76,29 +76,14 @@ def test_a_pass_begins_several_requests_of_a_lone_client_and_one_of_the_next_of_
 
     async def passes() -> str:
         peers = Peers()
+        peers._cost_s = 60.0  # as if one took a minute, of which nobody has to wait for a share
         for one in [Once(peers, name) for name in clients for _ in range(20)]:
             one.ask()
-        for _ in clients:
+        for _ in range(2):
             await asyncio.sleep(0)
         return "".join(begun)
 
     assert asyncio.run(passes()) == first
-
-
-class Schedule:
-    """Peers._schedule that notes how long it waits."""
-
-    def __init__(self) -> None:
-        self.waits: list[float] = []
-
-    def __get__(self, peers: Any, _: Any) -> Any:
-        def schedule(loop: asyncio.AbstractEventLoop, wait_s: float) -> None:
-            self.waits.append(wait_s)
-            if peers._handle is not None:
-                peers._handle.cancel()
-            peers._handle = loop.call_soon(peers._begin_next, loop)
-
-        return schedule
 
 
 def test_what_is_removed_never_begins_and_leaves_nothing_behind() -> None:
@@ -116,7 +101,7 @@ def test_what_is_removed_never_begins_and_leaves_nothing_behind() -> None:
         return peers
 
     peers = asyncio.run(remove())
-    assert peers.count == 0 and not (peers._peers or peers._turns or peers._running)
+    assert peers.count == 0 and not (peers._peers or peers._ready or peers._running)
 
 
 def test_the_client_with_most_connections_loses_its_oldest_one() -> None:

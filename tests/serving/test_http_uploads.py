@@ -31,7 +31,7 @@ def small() -> Any:
     """A server with limits that are easy to reach."""
     limits = {"max_body_mb": 0.3, "max_image_mb": 0.1, "max_images": 4, "max_pixels": 250_000}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iosr_fast.serving.http.service._BODIES", 2)
+        patch.setattr("iosr_fast.serving.http.site._BODIES", 2)
         with serving(**limits) as client:
             yield client
 
@@ -87,7 +87,7 @@ def test_a_body_that_is_too_large_is_a_413_announced_or_not(small: Client) -> No
         {"files": form(*[bytes(99_000)] * 4)},
     ):
         assert error_of(small.ask("POST", "/v1/predict", **options), 413) == "too_large"
-    assert small.service.bodies.used == 0
+    assert small.site.bodies.used == 0
 
 
 def test_an_image_that_is_too_large_fails_alone(small: Client) -> None:
@@ -120,7 +120,7 @@ def test_one_client_with_many_held_bodies_keeps_no_other_out(small: Client) -> N
                 await asyncio.sleep(0.01)
 
         attackers = [asyncio.ensure_future(hold()) for _ in range(8)]
-        while not small.service.bodies.used or not refused:
+        while not small.site.bodies.used or not refused:
             await asyncio.sleep(0.001)
         answers = [await other.post("/v1/predict", content=GREY) for _ in range(20)]
         go.set()
@@ -130,7 +130,7 @@ def test_one_client_with_many_held_bodies_keeps_no_other_out(small: Client) -> N
         return answers
 
     assert [one.status_code for one in small.run(attack())] == [200] * 20
-    assert small.service.bodies.used == 0
+    assert small.site.bodies.used == 0
 
 
 # --- types and forms ---

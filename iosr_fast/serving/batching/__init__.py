@@ -1,7 +1,7 @@
-"""Dynamic batching for concurrent callers. BatchingClassifier is in `front.py`; the other files are its parts."""
+"""Dynamic batching for concurrent callers. The other files are parts of `batching_classifier.py`."""
 
 from iosr_fast.images.limits import DecodeLimits
-from iosr_fast.serving.batching.front import BatchingClassifier
+from iosr_fast.serving.batching.batching_classifier import BatchingClassifier
 from iosr_fast.serving.batching.item import Observer
 
 __all__ = ["BatchingClassifier", "DecodeLimits", "Observer"]

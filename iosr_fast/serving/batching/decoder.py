@@ -21,6 +21,7 @@ import numpy as np
 
 import iosr_fast
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError
+from iosr_fast.images.crop import path_of
 from iosr_fast.images.decoder_process import wire
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
@@ -96,16 +97,13 @@ class Decoder:
         """
         item = items[0]
         image, position = item.image, item.position
-        self._check_bytes(image, position)
+        if reason := self.limits.bytes_error(_encoded_bytes(image)):
+            raise BadImageError(path_of(image), position, reason)
         if not self.isolated or not isinstance(image, ENCODED):
             parts = {one.position: one.crop for one in items}
             return list(decode_parts(image, parts, item.upright, item.encoder.geometry, self.limits, item.whole))
         if item.whole and item.claimed is None:  # how large an answer may be
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
-        try:
-            self.start()  # it may have been killed while idle, which is not the fault of this image
-        except RuntimeError as error:
-            raise BadImageError(None, position, f"{error}; send it again") from error
         left_s = max(_MIN_S, item.deadline - time.monotonic())
         limit_s = _CLOCK_PER_CPU * self.limits.timeout_s
         try:
@@ -137,16 +135,6 @@ class Decoder:
     def _too_slow(self, position: int) -> BadImageError:
         reason = f"it takes more than {self.limits.timeout_s:g} s to decode; send a smaller one, or fewer boxes"
         return BadImageError(None, position, reason)
-
-    def _check_bytes(self, image: Any, position: int) -> None:
-        """Raise BadImageError for more encoded bytes than the limits allow."""
-        count, path = 0, Path(image) if isinstance(image, str | Path) else None
-        if isinstance(image, ENCODED):
-            count = memoryview(image).nbytes
-        elif path is not None and path.is_file():
-            count = path.stat().st_size
-        if error := self.limits.bytes_error(count):
-            raise BadImageError(path, position, error)
 
     def _exchange(self, items: Sequence[Item], until: float) -> list[np.ndarray | Exception]:
         """As `decode`, of encoded bytes. Raises TimeoutError, _ProcessLost."""
@@ -187,6 +175,14 @@ class Decoder:
                 raise _ProcessLost("it has ended")
             left = left[received:]
         return data
+
+
+def _encoded_bytes(image: Any) -> int:
+    """0 for images that are not encoded."""
+    path = path_of(image)
+    if path is not None and path.is_file():
+        return path.stat().st_size
+    return memoryview(image).nbytes if isinstance(image, ENCODED) else 0
 
 
 def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]:

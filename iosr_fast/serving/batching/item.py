@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.images.crop import Crop
-from iosr_fast.images.limits import Size, claimed_size, scans_factor, work_pixels
+from iosr_fast.images.limits import DecodeLimits, Size, claimed_size, scans_factor, work_pixels
 from iosr_fast.images.preprocess import ENCODED
 from iosr_fast.utils.numbers import check_integer, check_share
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from iosr_fast.head.head import Head
 
 LARGE_PIXELS = 16_000_000  # more than most phones send
+PIXELS_PER_S = 100_000_000  # that a decoder decodes: an estimate
+_MOST_WORK = int(DecodeLimits.timeout_s * PIXELS_PER_S)  # by default no decoding goes on for longer
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +43,7 @@ class Observer(Protocol):
         "error" (of several: by all of them), "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
-        """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"; or, by
-        check_room, "full_before_body"."""
+        """An image was refused at submit: "full" (the queue, or the client's share), "deadline" or "closed"."""
 
 
 def notify(observer: Observer | None, event: str, *values: Any) -> None:
@@ -121,7 +122,7 @@ class Item:
     upright: bool = True  # whether EXIF orientation is applied, as in the fit of its submission
     whole: bool = False  # decoded only, all of it
     deadline: float = math.inf
-    work: int = 0  # of decoding that is left, in pixels that take as long
+    work: int = 0  # its share of decoding its picture, in pixels that take as long
     large: bool = False  # whether its picture takes as long as one of more than LARGE_PIXELS
     future: Future[Any] = field(default_factory=Future)
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, when they are decoded
@@ -168,18 +169,19 @@ class Item:
             log.debug("an image was answered after close() had abandoned it")
 
 
-def decoding_work(parts: Sequence[Item]) -> int:
-    """To decode a picture once and to resize its parts, in pixels that take as long; 0 if unknown."""
+def set_work(parts: Sequence[Item]) -> None:
+    """Set what it takes to decode a picture once and to resize its parts; 0 if its size is unknown."""
     first = parts[0]
     if first.claimed is None:
-        return first.cost
+        return
     work, longest = int(first.cost * scans_factor(first.image)), max(first.claimed)
     for crop in (part.crop for part in parts[1:] if part.crop is not None):  # the first one is in its picture's cost
         box = crop.box.grown(crop.margin)
         scale = longest if box.relative else 1  # EXIF may turn the picture
         width, height = (min(longest, math.ceil(side * scale)) for side in (box.width, box.height))
         work += work_pixels((width, height), first.encoder.geometry)
-    return work
+    for part in parts:
+        part.work, part.large = min(work, _MOST_WORK) // len(parts), work > LARGE_PIXELS
 
 
 def ordinary(error: BaseException) -> Exception:

@@ -98,7 +98,7 @@ class Workers:
     def _run_batch(self) -> bool:
         """Wait for a batch and answer it; False when there are no more."""
         queue, engine = self._queue, self._engine
-        items, seconds = list[Item](), 0.0
+        items = list[Item]()
         try:
             if engine.failures and engine.healthy and time.monotonic() >= self._probe_at:
                 self._probe()  # a busy engine is never idle, and those that failed may get no request
@@ -107,9 +107,7 @@ class Workers:
                 return False
             items = waited_for
             if items:
-                started = time.monotonic()
                 run = engine.run(items)
-                seconds = time.monotonic() - started if run.clean else 0.0
                 notify(queue.observer, "on_batch", len(items), run.encode_s, run.score_s)
             else:
                 self._probe()
@@ -117,7 +115,7 @@ class Workers:
             log.exception("a batch could not be run; its images get the error, and the next batch runs")
             for item in items:
                 item.outcome = item.outcome or ordinary(error)
-        queue.finish(items, seconds)
+        queue.finish(items)
         return True
 
     def _probe(self) -> None:
@@ -143,7 +141,6 @@ class Workers:
             items = queue.next_to_decode()
             if not items:
                 break
-            started = time.monotonic()
             results: list[np.ndarray | Exception]
             try:
                 results = decoder.decode(*items)
@@ -154,7 +151,7 @@ class Workers:
                 while chained is not None:
                     traceback.clear_frames(chained.__traceback__)
                     chained = chained.__context__
-            queue.decoded(items, results, time.monotonic() - started)
+            queue.decoded(items, results)
             del items, results, result
         decoder.close()
 

@@ -88,8 +88,8 @@ async def _read(served: ServedEncoder, request: Request) -> tuple[_Asked, Sequen
     """A request and what is to be embedded. Raises ApiError."""
     if isinstance(served.uploads, EmbeddingUploads):
         raise ApiError(404, "no_encoder", "a head has no encoder: it takes embeddings and makes none")
-    kind, _ = content_type(request)
-    if kind == b"application/json":
+    kind = content_type(request)
+    if kind == "application/json":
         body = await request.body()
         try:
             asked = await asyncio.to_thread(msgspec.json.decode, body, type=_Asked)

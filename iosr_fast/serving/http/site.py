@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from iosr_fast.encoders.rows import Rows
+from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import ApiError, busy
@@ -20,7 +21,6 @@ from iosr_fast.serving.http.metrics import ClassifierMetrics, EngineMetrics, Met
 from iosr_fast.serving.http.recent import Recent
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
-from iosr_fast.serving.shares import Shares
 from iosr_fast.utils.text import did_you_mean
 
 if TYPE_CHECKING:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from iosr_fast.serving.fairness import Turns
 
 _ALONE = 8  # requests of a client that is alone that begin together: those that come together share a batch
 _BUSY = 0.5  # of the event loop's time that several clients may take together, whatever their shares
@@ -31,8 +34,6 @@ class Peer:
 
     all: dict[Waiting, None] = field(default_factory=dict)
     waiting: dict[Waiting, None] = field(default_factory=dict)  # for the client, or as newcomers
-    ready: dict[Waiting, None] = field(default_factory=dict)  # to begin a request
-    running: dict[Waiting, None] = field(default_factory=dict)  # with a whole request that is not answered
     due: float = 0.0  # when the next request is within the client's share
 
 
@@ -48,8 +49,8 @@ class Peers:
     def __init__(self) -> None:
         self.count = 0  # of connections
         self._peers: dict[str, Peer] = {}
-        self._turns: dict[str, None] = {}  # clients with requests that may begin, the next one first
-        self._running: dict[str, None] = {}  # clients with requests that run
+        self._ready = Turns(_turn)  # to begin a request
+        self._running = Turns(_turn)  # with a whole request that is not answered
         self._due = 0.0  # when the next request is within what all may take together
         self._cost_s = 0.0  # of a request, in time of this thread
         self._cpu_s = time.thread_time()  # when the last one began
@@ -66,12 +67,11 @@ class Peers:
         peer = self._peers.get(connection.peer)
         if peer is None or connection not in peer.all:
             return
-        self.answered(connection)
         self.count -= 1
-        for kind in (peer.all, peer.waiting, peer.ready):
-            kind.pop(connection, None)
-        if not peer.ready:
-            self._turns.pop(connection.peer, None)
+        for connections in (peer.all, peer.waiting):
+            connections.pop(connection, None)
+        for turns in (self._ready, self._running):
+            turns.discard(connection)
         if not peer.all:
             del self._peers[connection.peer]
 
@@ -82,21 +82,15 @@ class Peers:
 
     def runs(self, connection: Waiting) -> None:
         """Note that a connection has a whole request."""
-        self._peers[connection.peer].running[connection] = None
-        self._running[connection.peer] = None
+        self._running.put(connection)
 
     def answered(self, connection: Waiting) -> None:
         """Note that it has none any more."""
-        peer = self._peers.get(connection.peer, Peer())
-        if connection in peer.running:
-            del peer.running[connection]
-            if not peer.running:
-                del self._running[connection.peer]
+        self._running.discard(connection)
 
     def put(self, connection: Waiting, loop: asyncio.AbstractEventLoop) -> None:
         """Call `begin` of a connection when its turn has come, unless it is removed before."""
-        self._peers[connection.peer].ready[connection] = None
-        self._turns.setdefault(connection.peer)
+        self._ready.put(connection)
         self._schedule(loop, 0.0)
 
     def _schedule(self, loop: asyncio.AbstractEventLoop, wait_s: float) -> None:
@@ -106,27 +100,28 @@ class Peers:
         self._handle = later
 
     def _begin_next(self, loop: asyncio.AbstractEventLoop) -> None:
-        now, waits_s = loop.time(), list[float]()
-        for name in self._turns:
-            alone = self._running.keys() <= {name}
-            waits_s.append(0.0 if alone else max(0.0, min(self._peers[name].due, self._due) - now))
-            if not waits_s[-1]:
-                for _ in range(_ALONE if alone and len(self._turns) == 1 else 1):
-                    if name in self._turns:
-                        self._begin(name, now)
+        now, wait_s = loop.time(), math.inf
+        for connection in self._ready.heads():
+            alone = self._running.clients <= {connection.peer}
+            due = min(self._peers[connection.peer].due, self._due)
+            wait_s = min(wait_s, 0.0 if alone else max(0.0, due - now))
+            if not wait_s:
+                together = _ALONE if alone and len(self._ready.clients) == 1 else 1
+                for one in self._ready.request_of(connection)[:together]:
+                    self._begin(one, now)
                 break
-        if self._turns:
-            self._schedule(loop, min(waits_s))
+        if self._ready:
+            self._schedule(loop, wait_s)
 
-    def _begin(self, name: str, now: float) -> None:
+    def _begin(self, connection: Waiting, now: float) -> None:
         before_s, self._cpu_s = self._cpu_s, time.thread_time()
         self._cost_s += _NEWEST * (self._cpu_s - before_s - self._cost_s)
-        peer, clients = self._peers[name], len(self._running.keys() | self._turns.keys())
+        peer, clients = self._peers[connection.peer], len(self._running.clients | self._ready.clients)
         peer.due = max(peer.due, now - _BURST_S) + self._cost_s * clients
         self._due = max(self._due, now - _BURST_S) + self._cost_s / _BUSY
-        del self._turns[name]
-        connection = next(iter(peer.ready))
-        del peer.ready[connection]
-        if peer.ready:
-            self._turns[name] = None
+        self._ready.take(connection)
         connection.begin()
+
+
+def _turn(connection: Waiting) -> tuple[str, int]:
+    return connection.peer, 0

@@ -57,10 +57,9 @@ class BatchingClassifier:
     bounds decoding. `observer` gets callbacks for metrics (Observer).
 
     A `client` with a name may hold at most as many images as it leaves places free, and likewise pixels to decode, so
-    that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches,
-    and each client leaves a decoder to others, two with large images. These have above 16 million pixels, or are as
-    much work by a JPEG's scans or by crops, or come from a client one of whose images just took 0.5 s. A deadline above
-    10 s is shortened to four times the estimated waiting time where that is less.
+    that no client keeps others out. Clients and their requests take turns, one image each, at decoding and in batches.
+    Each client leaves a decoder to others, and so do all large images: above 16 million pixels, or as much work by a
+    JPEG's scans or by crops.
 
     `max_error` is that of queries which name none (Query). Where support images are too few for it, no label is
     accepted. `collect(image, embeddings, head, client)` is called in the thread of a batch for each image that it
@@ -167,17 +166,14 @@ class BatchingClassifier:
             query = replace(query, max_error=self._max_error)
         of_fit = next(_requests), heads, fit.encoder, fit.settings.exif_orientation
         listed = Sharing(fit.settings.margin)(as_image_list(images))
-        items = [Item(one, i, query, now, *of_fit) for i, one in enumerate(listed)]
+        deadline = math.inf if query.deadline_s is None else now + query.deadline_s
+        items = [Item(one, i, query, now, *of_fit, deadline=deadline) for i, one in enumerate(listed)]
         if len(items) > self._queue.max_queue:
             raise IosrFastError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
             )
-        self._queue.admit(items, query.deadline_s)
+        self._queue.admit(items)
         return [item.future for item in items]
-
-    def check_room(self, client: str = "") -> None:
-        """Raise QueueFullError or ClosedError if not one more image of `client` would be accepted now."""
-        self._queue.check_room(client)
 
     def decode_whole(
         self, image: Any, position: int = 0, *, classifier: str = "", deadline_s: float = math.inf, client: str = ""
@@ -191,7 +187,7 @@ class BatchingClassifier:
         (heads, fit), now = self._classifiers.ask(classifier), time.monotonic()
         of_fit = next(_requests), heads, fit.encoder, fit.settings.exif_orientation
         item = Item(image, position, Query(client=client), now, *of_fit, whole=True, deadline=now + deadline_s)
-        self._queue.admit((item,), None)
+        self._queue.admit((item,))
         return item.future
 
     async def classify(self, image: Any, **options: Any) -> Any:
