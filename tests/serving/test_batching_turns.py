@@ -252,16 +252,6 @@ def test_no_flood_of_one_client_refuses_anothers_images() -> None:
         submit(admission, items("attacker", 40, request=1, deadline_s=MINUTE))
 
 
-def test_a_form_refuses_no_other_request_of_its_client() -> None:
-    """Requests of a client take turns: a small one waits for one image of the form, not for 64."""
-    admission = Admission(256, 2)
-    form = submit(admission, items("a", 64))
-    answer(admission, 0.6, form[:1])
-    submit(admission, items("a", 1, request=1, deadline_s=USUAL))
-    with pytest.raises(QueueFullError):
-        submit(admission, items("a", 20, request=2, deadline_s=USUAL))
-
-
 def test_one_slow_image_does_not_refuse_the_next_ones() -> None:
     admission = Admission(256, 2)
     made = submit(admission, items("a", 40))
