@@ -90,7 +90,7 @@ def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure(monkeypatch:
         wait_until(lambda: client.served.batching.decoders_are_busy)
         time.sleep(0.02)
         assert client.get("/healthz").status_code == 200  # it takes long, within its limits
-        client.served.metrics.last_answer -= 61
+        client.served.engine_metrics.last_answer -= 61
         assert "no image was classified for" in client.get("/healthz").json()["detail"]
         assert held.result(20).status_code == 422
         assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200 and pids(client) != [pid]

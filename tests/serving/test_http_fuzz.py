@@ -90,6 +90,6 @@ def test_hostile_uploads_are_answered_and_leave_nothing() -> None:
             assert response.status_code == 200 or kind not in FAIR, (kind, response.text)
         assert sum(answers.values()) == UPLOADS >= len(KINDS) and {200, 400, 413, 422} <= set(answers)
         service = client.served
-        assert service.batching.pending == 0 and service.bodies.used == 0 and service.batching.healthy
+        assert service.batching.pending == 0 and client.site.bodies.used == 0 and service.batching.healthy
         assert rss_mb() - before < GROWTH_MB
         assert client.predict(queries()[0]).status_code == 200

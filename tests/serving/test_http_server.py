@@ -24,7 +24,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
-from iosr_fast.serving.http.app import batch_for
+from iosr_fast.serving.http.open_site import batch_for
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
 from tests.interpreter import printed

@@ -215,7 +215,7 @@ def test_several_classifiers_are_listed_each_with_a_page_below_its_name(browser:
         shutil.copytree(http_client.bundle(), tmp_path / name)
     (tmp_path / "broken" / "support.safetensors").write_bytes(b"?")
     with http_client.serving_several(tmp_path) as client, http_edge.site(client.app) as edge:
-        address, classifier = f"http://127.0.0.1:{edge.port}/", client.served.services["kind"].classifier
+        address, classifier = f"http://127.0.0.1:{edge.port}/", client.site.served["kind"].classifier
         visit = Visit(browser.new_page(), Site(address, classifier, [], [])).open("#classifiers")
         page, picture = visit.page, http_client.queries()[0]
         broken, kind = visit.texts("#classifiers li")
