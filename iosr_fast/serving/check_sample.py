@@ -14,8 +14,8 @@ from iosr_fast.head.verdict import nodes_above
 from iosr_fast.methods.checks import checked
 from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.kept_folder import CHECKS, KeptFolder, picture_name, time_text
+from iosr_fast.serving.limits import Deadlines
 
-_READ_S = 5.0  # between two readings of the labels
 _RULE = "rule 2"  # by which thresholds are computed: rises where those of the same classifier change
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class CheckSample:
         """Count new labels, by the tree of `head`, unless the last reading was just now."""
         if time.monotonic() < self._next_reading:
             return
-        self._next_reading = time.monotonic() + _READ_S
+        self._next_reading = time.monotonic() + Deadlines.read_labels_s
         drawn, labels = self._drawn(), self._folder.labels(self._several)
         self.beside = len(labels.keys() - drawn.keys())
         agreed = dict(labels.items() & self._labels.items())

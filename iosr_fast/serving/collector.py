@@ -22,9 +22,9 @@ from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.check_sample import CheckSample
 from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.kept_folder import CHECKS, COLLECTED, KeptFolder, picture_name, time_text
+from iosr_fast.serving.limits import Limits
 
 UNKNOWN, UNSURE, FOUND = "unknown", "needs a look", "found"
-_WAITING = 64 << 20  # bytes of uploads that wait to be judged
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +67,7 @@ class Collector:
         self._on_outcome = on_outcome
         self._failures: dict[str, str] = {}  # the last ones, logged once; "" if it went well
         self._kept: list[np.ndarray] = []  # plain embeddings (D,) since the start, at most `limit`
-        self._waiting, self._counting = Shares(_WAITING), threading.Lock()
+        self._waiting, self._counting = Shares(Limits.uploads_to_judge), threading.Lock()
         self._reading: Future[None] | None = None  # of labels, the last one
         self.checks: CheckSample | None = None
         if check_share is not None:
@@ -83,7 +83,7 @@ class Collector:
             return
         size = len(image)
         with self._counting:
-            fits = self._waiting.fits(client, size) if client else self._waiting.used + size <= _WAITING
+            fits = self._waiting.fits(client, size) if client else self._waiting.used + size <= Limits.uploads_to_judge
             self._waiting.add(client, size if fits else 0)
         if fits:
             self._thread.submit(self._context.run, self._run, image, embeddings.to_numpy(), head, client)

@@ -29,7 +29,7 @@ def _fake_heads_answer() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _metrics_are_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.health.SCRAPE_S", 0.0)
+    monkeypatch.setattr("iosr_fast.serving.limits.Deadlines.scrape_s", 0.0)
 
 
 @pytest.fixture

@@ -233,5 +233,5 @@ def error_of(response: Any, status: int) -> str:
 
 def probe_soon(patch: pytest.MonkeyPatch) -> None:
     """Health checks classify an image of their own at once, and give up soon."""
-    for name, seconds in (("AFTER_S", 0.01), ("WITHIN_S", 1.0), ("STUCK_AFTER_S", 60.0)):
-        patch.setattr(f"iosr_fast.serving.http.health.{name}", seconds)
+    for name, seconds in (("probe_after_s", 0.01), ("probe_within_s", 1.0), ("stuck_after_s", 60.0)):
+        patch.setattr(f"iosr_fast.serving.limits.Deadlines.{name}", seconds)

@@ -16,7 +16,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import preprocess
 from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.limits import Deadlines
 from tests.pictures import encode
 from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Watcher, picture
 
@@ -120,7 +120,7 @@ def test_only_images_that_fail_alone_get_the_error(
 
 
 def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 3600.0)
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 3600.0)
     classifier.encoder.raises = raising(lambda: EngineError("lost"), lambda numbers: True)
     futures = together(batching, classifier, [1, 2, 3, 4, 5])
     assert outcomes(futures) == ["EngineError"] * 5

@@ -15,7 +15,7 @@ from iosr_fast.exceptions import IosrFastError, NotFittedError
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.limits import Deadlines
 from tests.pictures import encode
 from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, FakeEncoder, Kept, Watcher, picture, until
 
@@ -169,7 +169,7 @@ def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, g
 
 
 def test_a_head_that_fails_on_every_picture_fails_alone(several: Several, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 3600.0)
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 3600.0)
     several.b.raises = fail_on()
     found = several.together((1, ALL), (2, "b"), (3, ("b", "c")), (101, "b"))
     assert found == [[10, "HeadError", 30], "HeadError", ["HeadError", 30], "HeadError"]
@@ -193,7 +193,7 @@ def test_a_head_that_fails_on_every_picture_fails_alone(several: Several, monkey
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_failed_heads_are_tried_while_nobody_asks_them(several: Several, monkeypatch, busy: bool) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 0.01 if busy else 0.001)
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 0.01 if busy else 0.001)
     several.b.raises = fail_on()
     assert several.ask() == [10, "HeadError", 30]
     count = len(several.b.asked)
@@ -208,7 +208,7 @@ def test_failed_heads_are_tried_while_nobody_asks_them(several: Several, monkeyp
 
 
 def test_an_encoder_that_fails_fails_for_all(several: Several, monkeypatch) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 0.001)
     several.encoder.raises = fail_on(3)
     assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10]
     several.encoder.raises = lambda numbers: fail_on()(numbers) if numbers == [2] else None  # when it is tried again

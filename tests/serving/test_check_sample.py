@@ -22,6 +22,7 @@ from iosr_fast.serving.check_sample import CheckSample
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS, SECRET, STATE, KeptFolder
+from iosr_fast.serving.limits import Deadlines
 from tests.pictures import encode
 from tests.serving.http_client import Client, queries, serving
 from tests.serving.test_collector import CHECKS, save_labels
@@ -35,7 +36,7 @@ ANSWER = Prediction("pear", "~1", 0.9, 1.0, 1.0, 0.0, 0.0, (), (), version=4, ac
 
 @pytest.fixture(autouse=True)
 def labels_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_sample, "_READ_S", 0.0)
+    monkeypatch.setattr(Deadlines, "read_labels_s", 0.0)
 
 
 @contextmanager

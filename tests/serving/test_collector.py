@@ -22,11 +22,11 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import read_source
 from iosr_fast.head.labelled_images import labelled_images
-from iosr_fast.serving import collector
 from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.kept_folder import LABELS, SECRET, STATE
+from iosr_fast.serving.limits import Limits
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, Client, form, load, probe_soon, queries, query_labels, serving
 from tests.waiting import wait_until
@@ -150,7 +150,7 @@ def test_a_client_with_most_pictures_loses_its_own_oldest(tmp_path: Path) -> Non
 def test_what_waits_to_be_judged_is_shared_and_one_reading_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector, "_WAITING", 100)
+    monkeypatch.setattr(Limits, "uploads_to_judge", 100)
     judge, outcomes, read = threading.Event(), [], []
 
     def on_outcome(outcome: str) -> None:

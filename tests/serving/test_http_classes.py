@@ -305,7 +305,7 @@ def test_closing_waits_no_longer_for_a_change_than_it_is_told(
 
 
 def test_few_changes_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.site._MAX_CHANGES", 2)
+    monkeypatch.setattr("iosr_fast.serving.limits.Limits.changes", 2)
     classifier = load()
     gate = Gate(classifier)
     with serving(classifier) as client:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from iosr_fast.serving.http.addresses import client_of
-from iosr_fast.serving.http.framing import MAX_HEAD
 from iosr_fast.serving.http.listener import Newcomer
 from iosr_fast.serving.http.turns import Peers
+from iosr_fast.serving.limits import Limits
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 from tests.waiting import wait_until
 
@@ -32,8 +32,8 @@ LONG_S = 6.0  # until a test gives up on a deadline
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch, site(body_timeout_s=1) as it:
-        for name, seconds in {"_LINGER_S": SHORT_S, "_HEAD_S": SHORT_S, "_KEEP_ALIVE_S": 1.0}.items():
-            patch.setattr(f"iosr_fast.serving.http.connection.{name}", seconds)
+        for name, seconds in {"linger_s": SHORT_S, "head_s": SHORT_S, "keep_alive_s": 1.0}.items():
+            patch.setattr(f"iosr_fast.serving.limits.Deadlines.{name}", seconds)
         yield it
 
 
@@ -153,7 +153,7 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_bound(shared: Site) ->
     with shared.connect() as connection:
         connection.sendall(requests + CLOSE)
         answers = read_answers(connection, 41)
-    assert len(requests) < MAX_HEAD and [one["path"] for _, one in answers] == [f"/{i}" for i in range(40)] + ["/"]
+    assert len(requests) < Limits.head and [one["path"] for _, one in answers] == [f"/{i}" for i in range(40)] + ["/"]
     with shared.connect() as connection:
         connection.sendall(SLOW)
         with pytest.raises(ConnectionError):

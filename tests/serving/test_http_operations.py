@@ -105,7 +105,7 @@ def test_answers_that_do_not_change_are_made_once(shared: Client, monkeypatch: p
     assert "/v1/predict" in shared.get("/openapi.json").json()["paths"]
     rendered = Mock(side_effect=shared.site.metrics.text)
     monkeypatch.setattr(shared.site.metrics, "text", rendered)
-    monkeypatch.setattr("iosr_fast.serving.http.health.SCRAPE_S", 60.0)
+    monkeypatch.setattr("iosr_fast.serving.limits.Deadlines.scrape_s", 60.0)
     shared.get("/metrics")
     asked = [shared.start("GET", "/metrics") for _ in range(20)]
     assert len({one.result(30).content for one in asked}) == 1 and rendered.call_count <= 1
@@ -141,7 +141,7 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
 
 
 def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_MAX_CLASSES", 2)
+    monkeypatch.setattr("iosr_fast.serving.limits.Limits.series", 2)
     registry = metrics.Metrics()
     made = metrics.ClassifierMetrics(registry)
     for number in (1, 2, 3, 1, 4):

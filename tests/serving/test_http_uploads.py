@@ -31,7 +31,7 @@ def small() -> Any:
     """A server with limits that are easy to reach."""
     limits = {"max_body_mb": 0.3, "max_image_mb": 0.1, "max_images": 4, "max_pixels": 250_000}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iosr_fast.serving.http.site._BODIES", 2)
+        patch.setattr("iosr_fast.serving.limits.Limits.bodies", 2)
         with serving(**limits) as client:
             yield client
 

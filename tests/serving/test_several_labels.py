@@ -13,9 +13,9 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.links import Sigmoid
-from iosr_fast.serving import check_sample
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.collector import Collector
+from iosr_fast.serving.limits import Deadlines
 from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,
@@ -185,7 +185,7 @@ def test_one_server_has_classifiers_of_both_kinds(tmp_path: Path) -> None:
 
 
 def test_what_needs_a_look_is_kept_and_checked_labels_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_sample, "_READ_S", 0.0)
+    monkeypatch.setattr(Deadlines, "read_labels_s", 0.0)
     classifier, outcomes = several(), list[str]()
     collector = Collector(tmp_path, 100, MAX_ERROR, outcomes.append, 0.9999, "one", several=True)
     with serving(classifier, collector=collector, max_error=MAX_ERROR, collect=tmp_path, check_share=0.9999) as client:

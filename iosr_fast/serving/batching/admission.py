@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from iosr_fast.exceptions import QueueFullError
 from iosr_fast.serving.batching.item import PIXELS_PER_S, Item
 from iosr_fast.serving.fairness import Shares
+from iosr_fast.serving.limits import Deadlines
 
-_BACKLOG_S = 60  # of decoding that may wait for each decoder
 _NEWEST, _MAX_SLOWDOWN = 0.25, 4.0  # weight of the newest measurement; its largest ratio to the mean
-_LEAST_RETRY_S = 0.01
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Admission:
     """Counts and estimates, without a lock or a clock."""
 
     def __init__(self, max_queue: int, decoders: int) -> None:
-        self._places, self._pixels = Shares(max_queue), Shares(_BACKLOG_S * PIXELS_PER_S * decoders)
+        self._places, self._pixels = Shares(max_queue), Shares(Deadlines.backlog_s * PIXELS_PER_S * decoders)
         self._backlogs: dict[str, Backlog] = {}
 
     def check_room(self, items: Sequence[Item]) -> None:
@@ -104,5 +103,5 @@ class Admission:
 
 
 def _refused(message: str, retry_s: float) -> QueueFullError:
-    retry_s = max(_LEAST_RETRY_S, retry_s)
+    retry_s = max(Deadlines.least_retry_s, retry_s)
     return QueueFullError(f"{message}; try again in {retry_s:.2g} s", retry_s)

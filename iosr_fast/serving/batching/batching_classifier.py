@@ -24,6 +24,7 @@ from iosr_fast.serving.batching.engine import Collect, Engine
 from iosr_fast.serving.batching.item import Item, Observer, Query
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.workers import Workers
+from iosr_fast.serving.limits import Limits
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.numbers import check_integer, check_share
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Encoder
 
-_MAX_DECODERS = 8
 _requests = itertools.count()
 
 
@@ -109,7 +109,7 @@ class BatchingClassifier:
         collect: Collect | Mapping[str, Collect] | None = None,
     ) -> None:
         if decode_threads is None:
-            decode_threads = min(_MAX_DECODERS, max(2, usable_threads()))  # a client leaves one to others
+            decode_threads = min(Limits.decoders, max(2, usable_threads()))  # a client leaves one to others
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": decode_threads}.items():
             check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:

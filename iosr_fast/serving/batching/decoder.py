@@ -27,12 +27,11 @@ from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import ENCODED, decode_parts
 from iosr_fast.serving.batching.item import Item, Query
+from iosr_fast.serving.limits import Deadlines
 
 log = logging.getLogger(__name__)
 
-_START_S = 30.0  # a swapping machine starts an interpreter slowly
 # A passed deadline kills the process only after this time, because a restart takes about as long.
-_MIN_S = 0.5
 _CLOCK_PER_CPU = 2.0  # seconds by the clock for each second of CPU time, because cores may be overloaded
 _NO_LIMIT = 1 << 40  # pixels
 # Variables that an interpreter may need; secrets such as tokens are not passed on.
@@ -72,14 +71,15 @@ class Decoder:
                     for side in (self._channel, remote):
                         side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.BUFFER)
                     self._process = _interpreter(remote, errors)
-                ready, lacks = wire.READY.unpack(self._receive(wire.READY.size, time.monotonic() + _START_S).tobytes())
+                until = time.monotonic() + Deadlines.decoder_start_s
+                ready, lacks = wire.READY.unpack(self._receive(wire.READY.size, until).tobytes())
                 if ready != b"ready":
                     raise _ProcessLost("it sent an unexpected first message")
                 if lacks := lacks.rstrip(b"\0").decode():
                     self.warning = f"decoders are not confined as they should be: this system lacks {lacks}"
                 # A test image, so that a broken library shows here and not as bad images.
                 test = Item(grey_png(), 0, Query(), 0.0, encoder=SimpleNamespace(geometry=Geometry(2)))
-                (made,) = self._exchange((test,), time.monotonic() + _START_S)
+                (made,) = self._exchange((test,), time.monotonic() + Deadlines.decoder_start_s)
                 if isinstance(made, Exception):
                     raise made
             except (_ProcessLost, OSError, BadImageError) as error:
@@ -104,7 +104,7 @@ class Decoder:
             return list(decode_parts(image, parts, item.upright, item.encoder.geometry, self.limits, item.whole))
         if item.whole and item.claimed is None:  # how large an answer may be
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
-        left_s = max(_MIN_S, item.deadline - time.monotonic())
+        left_s = max(Deadlines.least_decode_s, item.deadline - time.monotonic())
         limit_s = _CLOCK_PER_CPU * self.limits.timeout_s
         try:
             until = time.monotonic() + min(left_s, limit_s)

@@ -18,12 +18,10 @@ from iosr_fast.serving.batching.decoder import Decoder
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import Item, notify, ordinary
 from iosr_fast.serving.batching.queue import BatchQueue
+from iosr_fast.serving.limits import Deadlines
 
 log = logging.getLogger(__name__)
 
-_PROBE_S = 1.0  # period of probes of a failed engine while idle: load balancers send no traffic to unhealthy servers
-_AT_EXIT_S = 5.0  # how long an exiting interpreter waits for accepted images
-_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that failed to start is started again
 _alive: set[Workers] = set()
 
 
@@ -102,7 +100,8 @@ class Workers:
         try:
             if engine.failures and engine.healthy and time.monotonic() >= self._probe_at:
                 self._probe()  # a busy engine is never idle, and those that failed may get no request
-            waited_for = queue.next_batch(_PROBE_S if engine.failures or not engine.healthy else math.inf)
+            failing = engine.failures or not engine.healthy
+            waited_for = queue.next_batch(Deadlines.engine_probe_s if failing else math.inf)
             if waited_for is None:
                 return False
             items = waited_for
@@ -119,7 +118,7 @@ class Workers:
         return True
 
     def _probe(self) -> None:
-        self._probe_at = time.monotonic() + _PROBE_S
+        self._probe_at = time.monotonic() + Deadlines.engine_probe_s
         self._engine.probe()
 
     def _decode(self, place: int) -> None:
@@ -133,7 +132,7 @@ class Workers:
                 if self._errors[place] is None:
                     log.error("a decoder does not start and is retried: %s", error)
                 self._errors[place] = error
-                pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
+                pause_s = min(max(Deadlines.decoder_pause_s, 2 * pause_s), Deadlines.decoder_longest_pause_s)
                 continue
             finally:
                 self._attempted[place].set()
@@ -160,6 +159,6 @@ class Workers:
 def _close_all() -> None:
     # An exiting interpreter stops daemon threads anywhere, which can crash inside the C++ code of an engine. So
     # accepted images are finished first, for a limited time.
-    until = time.monotonic() + _AT_EXIT_S
+    until = time.monotonic() + Deadlines.at_exit_s
     for workers in list(_alive):
         workers.close(max(0.0, until - time.monotonic()))

@@ -25,13 +25,13 @@ from iosr_fast.serving.http.lists import CLASS_ID_PATH, EXAMPLE_ID_PATH
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.middleware import Served
 from iosr_fast.serving.http.site import ServedClassifier, Site
+from iosr_fast.serving.limits import Deadlines
 from iosr_fast.store.change_log import LogWriteError
 from iosr_fast.store.changes import ChangeResult
 
 if TYPE_CHECKING:
     import numpy as np
 
-_DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 _ANY_NAME = {"type": "string", "maxLength": LONGEST}
 _NAME = {**_ANY_NAME, "minLength": 1}
 _NODE = "one: a node by its name; several: names from the root down, which may be new; the first may be empty, the root"
@@ -189,7 +189,7 @@ def _decoded(served: ServedClassifier, request: Request, images: list[Encoded]) 
     client = client_of(request.client)
     for i, image in enumerate(images):
         decode = partial(served.batching.decode_whole, classifier=served.name, client=client)
-        yield decode(image, i, deadline_s=_DECODE_S).result()
+        yield decode(image, i, deadline_s=Deadlines.change_decode_s).result()
 
 
 def _check_name(text: str) -> str:

@@ -11,29 +11,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.errors import ApiError, busy
-from iosr_fast.serving.http.framing import MAX_HEAD, TARGET, Body, bad_request, check_head, find_head, last_answer
+from iosr_fast.serving.http.framing import TARGET, Body, bad_request, check_head, find_head, last_answer
 from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.turns import Peers
-
-_HEAD_S = 10.0  # from its first byte to its last
-_KEEP_ALIVE_S = 65.0
-_LINGER_S = 5.0  # to read what a client still sends after its answer; if closed at once, it might miss the answer
+from iosr_fast.serving.limits import Deadlines, Limits
 
 
 class Connection(HttpToolsProtocol):
     """Handles one request after another. A request whose head is whole begins in the turn of its client (Peers).
 
     Each head is checked by check_head and then parsed by llhttp, which sees nothing but this head: so it never
-    upgrades, and the next request begins where Body says. During a request at most MAX_HEAD bytes of further ones are
-    kept; with more the connection is closed. The connection waits for its client in four states. Each has a timeout
-    that no received byte extends:
+    upgrades, and the next request begins where Body says. During a request at most `Limits.head` bytes of further ones
+    are kept; with more the connection is closed. The connection waits for its client in four states. Each has a timeout
+    (Deadlines) that no received byte extends:
 
-    - for a head: _HEAD_S for the first one, _KEEP_ALIVE_S until a later one begins, and then _HEAD_S from its first
+    - for a head: `head_s` for the first one, `keep_alive_s` until a later one begins, and then `head_s` from its first
       byte (408),
     - for a body: `body_timeout_s` (middleware.BoundedBody, 408),
     - until the client reads its answer: `body_timeout_s`,
-    - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
+    - for the rest of a body that is already answered, or the client's close: `linger_s` and `max_body_bytes`.
 
     One that is `surplus` (Listener) gets 503. All connections of a server share `peers`.
     """
@@ -62,7 +59,7 @@ class Connection(HttpToolsProtocol):
         self.transport, self.write = cast(asyncio.Transport, self), self._socket.write
         self.peer = client_of(self.client)
         self._waiting = self._peers.add(self).waiting
-        self._wait(_HEAD_S)
+        self._wait(Deadlines.head_s)
         if self._surplus:
             self._refuse(busy("busy", "too many connections; try again"))
 
@@ -86,7 +83,7 @@ class Connection(HttpToolsProtocol):
         if self._has_request and not (self.finished or self.cycle.response_complete):
             self.cycle.keep_alive = False
         elif not self._head:
-            self._wait(_LINGER_S)  # for the client to read what is written
+            self._wait(Deadlines.linger_s)  # for the client to read what is written
             self._socket.close()
         return True
 
@@ -97,7 +94,7 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.finished:
-            self._wait(_LINGER_S)
+            self._wait(Deadlines.linger_s)
         elif self.cycle.response_complete:
             self.on_response_complete()
         else:
@@ -112,7 +109,7 @@ class Connection(HttpToolsProtocol):
         if self._body is not None and not self.cycle.response_complete:
             self._keep_alive = self.cycle.keep_alive = False
         elif not self.finished:
-            self._wait(_LINGER_S)
+            self._wait(Deadlines.linger_s)
             self._socket.close()
 
     def on_headers_complete(self) -> None:
@@ -134,7 +131,7 @@ class Connection(HttpToolsProtocol):
             self._next()
         else:
             self._unread = 0
-            self._wait(_LINGER_S)
+            self._wait(Deadlines.linger_s)
             self.flow.resume_reading()
 
     # --- heads and bodies ---
@@ -144,7 +141,7 @@ class Connection(HttpToolsProtocol):
         self._body, self._has_request = None, False
         self._peers.answered(self)
         self._searched, self._blank = 0, False
-        self._wait(_KEEP_ALIVE_S)
+        self._wait(Deadlines.keep_alive_s)
         self.flow.resume_reading()
         self._read(b"")
 
@@ -167,14 +164,14 @@ class Connection(HttpToolsProtocol):
                 self._peers.put(self, self.loop)
                 return
             if not self._searched and self.cycle is not None:
-                self._wait(_HEAD_S)
+                self._wait(Deadlines.head_s)
             self._searched = len(buffer)
         except ApiError as error:
             self._refuse(error)
 
     def _bound_buffer(self) -> None:
-        """Beyond MAX_HEAD bytes: read no more until the turn of a request, close during a request."""
-        if len(self._buffer) <= MAX_HEAD:
+        """Beyond Limits.head bytes: read no more until the turn of a request, close during a request."""
+        if len(self._buffer) <= Limits.head:
             return
         if self._head:
             self.flow.pause_reading()
@@ -261,7 +258,7 @@ class Connection(HttpToolsProtocol):
         self._socket.write_eof()
         self.flow.resume_reading()
         if not self.flow.write_paused:
-            self._wait(_LINGER_S)
+            self._wait(Deadlines.linger_s)
 
     def is_closing(self) -> bool:
         return self.finished or self._socket.is_closing()
@@ -298,6 +295,6 @@ class Connection(HttpToolsProtocol):
 
     def _expire(self) -> None:
         if self._body is None and self._searched and not self.finished:
-            self._refuse(ApiError(408, "headers_too_slow", f"expected all headers within {_HEAD_S:g} s"))
+            self._refuse(ApiError(408, "headers_too_slow", f"expected all headers within {Deadlines.head_s:g} s"))
         else:
             self.abort()

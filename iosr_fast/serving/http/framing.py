@@ -12,11 +12,7 @@ from collections.abc import Callable
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from iosr_fast.serving.http.errors import ApiError, error_response
-
-MAX_HEAD = 64 << 10  # bytes
-MAX_LINE = 8 << 10  # bytes of the request line
-MAX_HEADERS = 100
-_FRAMING = 24 << 10  # bytes of size lines allowed beyond an eighth of the content, because each chunk costs time
+from iosr_fast.serving.limits import Limits
 
 _TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _HEAD = re.compile(rb"(%s) ([!-~]+) HTTP/(\d\.\d)\r\n(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % (_TOKEN, _TOKEN))
@@ -50,15 +46,15 @@ def find_head(data: bytearray, searched: int) -> int:
 
     The first `searched` bytes were checked before, so a head that arrives byte by byte costs no more than a whole one.
     """
-    end = data.find(b"\r\n\r\n", max(0, searched - 3), MAX_HEAD) + 4
+    end = data.find(b"\r\n\r\n", max(0, searched - 3), Limits.head) + 4
     complete = end > 3
     size = end if complete else len(data)
     if not 32 < data[0] < 127 or _BARE_LINE_FEED.search(data, searched, size):
         raise bad_request("a request line and headers whose lines end with CR LF")
-    if size > MAX_LINE and data.find(b"\r\n", 0, MAX_LINE + 2) < 0:
-        raise ApiError(414, "uri_too_long", f"expected a request line of at most {MAX_LINE} bytes")
-    if not complete and size >= MAX_HEAD:
-        raise ApiError(431, "headers_too_large", f"expected a request line and headers of at most {MAX_HEAD} bytes")
+    if size > Limits.request_line and data.find(b"\r\n", 0, Limits.request_line + 2) < 0:
+        raise ApiError(414, "uri_too_long", f"expected a request line of at most {Limits.request_line} bytes")
+    if not complete and size >= Limits.head:
+        raise ApiError(431, "headers_too_large", f"expected a request line and headers of at most {Limits.head} bytes")
     return end if complete else 0
 
 
@@ -68,8 +64,8 @@ def check_head(head: bytes, serves: Callable[[str], bool]) -> int | None:
     Raises ApiError unless the head follows the RFC's grammar, without its obsolete parts, is unambiguous, and `serves`
     takes its host; HTTP/1.0 needs none, and no browser speaks it.
     """
-    if head.count(b"\r\n") > MAX_HEADERS + 2:
-        raise ApiError(431, "headers_too_large", f"expected at most {MAX_HEADERS} headers")
+    if head.count(b"\r\n") > Limits.headers + 2:
+        raise ApiError(431, "headers_too_large", f"expected at most {Limits.headers} headers")
     grammar = _HEAD.fullmatch(head)
     if grammar is None:
         raise bad_request("a request line and headers `Name: value` without control characters or folded lines")
@@ -123,7 +119,7 @@ class Body:
                 at, self._framing = line.end(), self._framing + len(line[0])
                 self._left = int(line[1] or b"0", 16)
                 self.whole = not self._left
-                if self._framing > _FRAMING + self._content // 8:
+                if self._framing > Limits.chunk_framing + self._content // 8:
                     raise bad_request("larger chunks")
             elif _BEGUN_CHUNK.fullmatch(data, at):
                 break

@@ -15,11 +15,7 @@ from starlette.responses import JSONResponse, Response
 from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.site import ServedEncoder, Site
-
-AFTER_S = 30.0  # without a classified image, /healthz classifies one
-WITHIN_S = 2.0  # expects an answer
-SCRAPE_S = 1.0  # for which the text of /metrics is kept
-STUCK_AFTER_S = 120.0  # without an answer, a server that is too busy for the probe is unhealthy
+from iosr_fast.serving.limits import Deadlines
 
 
 class Probe:
@@ -37,14 +33,14 @@ class Probe:
             return f"the engine failed: {batching.last_error}"
         async with self._lock:
             idle_s = time.monotonic() - self._served.engine_metrics.last_answer
-            if idle_s < AFTER_S or self._served.site.loading or batching.closed:
+            if idle_s < Deadlines.probe_after_s or self._served.site.loading or batching.closed:
                 return ""
             names = tuple(batching.classifiers)
             # A server too busy for the probe is healthy as long as it classifies images.
-            busy = "" if idle_s < STUCK_AFTER_S else f"no image was classified for {idle_s:.0f} s"
+            busy = "" if idle_s < Deadlines.stuck_after_s else f"no image was classified for {idle_s:.0f} s"
             try:
-                async with asyncio.timeout(WITHIN_S):
-                    asked: dict[str, Any] = {"top": 1, "deadline_s": WITHIN_S, "probe": True, "classifier": names}
+                async with asyncio.timeout(within_s := Deadlines.probe_within_s):
+                    asked: dict[str, Any] = {"top": 1, "deadline_s": within_s, "probe": True, "classifier": names}
                     answers = await batching.classify(self._served.uploads.probe, **asked)
                 failed = [answer for answer in answers if isinstance(answer, Exception)] if names else []
                 if failed and len(failed) == len(names):
@@ -54,7 +50,7 @@ class Probe:
             except ClosedError:
                 return ""
             except TimeoutError:  # DeadlineExceededError is one; decoders may be busy with slow images within limits
-                return busy if batching.decoders_are_busy else f"a probe was not classified within {WITHIN_S:g} s"
+                return busy if batching.decoders_are_busy else f"a probe was not classified within {within_s:g} s"
             except Exception as error:
                 return f"a probe could not be classified: {error}"
             return ""
@@ -98,7 +94,7 @@ def make_router(site: Site) -> APIRouter:
     )
     async def scrape() -> Response:
         async with rendering:
-            if time.monotonic() - rendered.at >= SCRAPE_S:
+            if time.monotonic() - rendered.at >= Deadlines.scrape_s:
                 rendered.text = await asyncio.to_thread(render)  # the series of thousands of classes
                 rendered.at = time.monotonic()
         return Response(rendered.text, headers={"Content-Type": CONTENT_TYPE})

@@ -11,10 +11,7 @@ from typing import Any
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.turns import Peers
-
-BACKLOG = 1024  # connections that wait in the kernel: where it is full, clients try again after a second
-_AT_ONCE = 32  # that are taken from the kernel in one pass of the event loop: more would delay requests
-_PAUSE_S = 0.1  # after an error, as where no more files may be open
+from iosr_fast.serving.limits import Deadlines, Limits
 
 
 class Listener:
@@ -67,7 +64,7 @@ class Listener:
                 made.shutdown()
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(Limits.accepted_at_once):
             try:
                 accepted, address = self._listening.accept()
             except (BlockingIOError, ConnectionError):
@@ -75,7 +72,7 @@ class Listener:
             except OSError:
                 self._metrics.on_error("accept_failed")
                 self._loop.remove_reader(self._listening)
-                self._loop.call_later(_PAUSE_S, self._listen)
+                self._loop.call_later(Deadlines.accept_pause_s, self._listen)
                 return
             newcomer = Newcomer(self, accepted, client_of(address))
             self._peers.add(newcomer).waiting[newcomer] = None

@@ -21,10 +21,10 @@ from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
 from iosr_fast.serving.http.middleware import Served
 from iosr_fast.serving.http.site import ServedClassifier
+from iosr_fast.serving.limits import Limits
 
-PAGE = 1_000
 _NEXT = "`next` of the previous page; omit it for the first page"
-_LIMIT = Query(PAGE, ge=1, le=PAGE, description="maximum number of entries")
+_LIMIT = Query(Limits.page, ge=1, le=Limits.page, description="maximum number of entries")
 CLASS_ID_PATH = Path(max_length=40, description="id of a class, from /v1/classes")
 EXAMPLE_ID_PATH = Path(max_length=40, description="id of a support image, from /v1/classes/{class_id}/examples")
 # Without a default in OpenAPI, which generated clients would send: /v1/predict refuses it without unknown=reject.

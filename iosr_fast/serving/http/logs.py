@@ -14,11 +14,11 @@ from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 from iosr_fast.exceptions import printable
+from iosr_fast.serving.limits import Limits
 
 logger = logging.getLogger("iosr_fast.serving")
 TOKEN_NAME: ContextVar[str] = ContextVar("token_name", default="")  # of the request that is answered
 CLASSIFIER: ContextVar[str] = ContextVar("classifier", default="")  # of several, the one that lines are about
-_MAX_QUEUED = 10_000  # lines for a slow reader of stderr; more are dropped, so that no request waits
 
 
 def log(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
@@ -75,7 +75,7 @@ def logs_to_stderr() -> Iterator[None]:
     before = root.handlers[:]
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(Formatter(sys.stderr.isatty()))
-    records: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
+    records: queue.Queue[Any] = queue.Queue(Limits.log_lines)
     listener = QueueListener(records, to_stderr)
     root.handlers[:] = [_Queue(records)]
     logger.setLevel(logging.INFO)

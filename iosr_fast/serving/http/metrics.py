@@ -10,10 +10,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from iosr_fast.head.predictions import ClassScore, Prediction
+from iosr_fast.serving.limits import Limits
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_MAX_CLASSES = 10_000  # with their own series; more would slow down every scrape
 _OTHERS = "", "all others"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
@@ -145,7 +145,7 @@ class ClassifierMetrics:
             _child(self._metrics.unknown, self._labels).inc()
         for one in labels:
             key = (one.class_id or "", str(one.label))  # a node has no id
-            if key not in self._series and len(self._series) >= _MAX_CLASSES:
+            if key not in self._series and len(self._series) >= Limits.series:
                 key = _OTHERS
             self._series.add(key)
             self._metrics.predictions.labels(*key, *self._labels).inc()

@@ -18,6 +18,7 @@ from iosr_fast.serving.http.errors import ApiError, busy, error_response, intern
 from iosr_fast.serving.http.logs import CLASSIFIER, TOKEN_NAME, log, logger
 from iosr_fast.serving.http.site import ServedClassifier, ServedEncoder, Site
 from iosr_fast.serving.http.tokens import Token, find_token
+from iosr_fast.serving.limits import Limits
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled every few seconds by machines
@@ -27,7 +28,6 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _NAMED = re.compile(r"/v1/classifiers/([^/]*)/.*", re.DOTALL)
 _ASKS = re.compile(r"/v1/(classifiers/[^/]*/)?(predict|embeddings)")  # by POST, and changes nothing
 SERVED, BODY = "iosr_fast.served", "iosr_fast.body"  # keys of a scope
-_MAX_OTHER = 64 << 10  # bytes of a body without images, such as a name with descriptions; only POST takes images
 
 
 class RequestMiddleware:
@@ -170,7 +170,7 @@ class BoundedBody:
     ) -> None:
         self._receive, self._shares, self._timeout_s = receive, site.bodies, site.settings.body_timeout_s
         most = site.settings.max_body_bytes if served is None else served.uploads.max_body
-        self._limit = most if scope["method"] == "POST" else min(most, _MAX_OTHER)
+        self._limit = most if scope["method"] == "POST" else min(most, Limits.body_without_images)
         self._announced = int(content_length or b"0")  # framing.check_head has checked it
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self.whole_at = 0.0  # on time.perf_counter's clock; 0 before the last byte

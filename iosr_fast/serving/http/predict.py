@@ -27,6 +27,7 @@ from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.middleware import BODY, Served
 from iosr_fast.serving.http.site import ServedClassifier, ServedEncoder, Site
 from iosr_fast.serving.http.uploads import Images
+from iosr_fast.serving.limits import Deadlines
 from iosr_fast.utils.text import abbreviate
 
 _IMAGES = (
@@ -42,7 +43,6 @@ _BOXES = (
 )
 _NAMES = "classifier of /v1/classifiers to ask; may be repeated: the images are encoded once, and each one answers"
 _ALL_BAD = "All images are bad (see predictions), or a parameter is invalid"
-_GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
 class PredictQuery(BaseModel):
@@ -220,7 +220,8 @@ async def ask(
     task = asyncio.ensure_future(served.batching.classify_many(images, **options))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, timeout=deadline_s + _GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        timeout_s = deadline_s + Deadlines.after_deadline_s
+        await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect if gone.done() else DeadlineExceededError("no answer in time")

@@ -28,13 +28,14 @@ from iosr_fast import __version__
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.app import create_app, warm
 from iosr_fast.serving.http.connection import Connection
-from iosr_fast.serving.http.listener import BACKLOG, Listener
+from iosr_fast.serving.http.listener import Listener
 from iosr_fast.serving.http.logs import CLASSIFIER, log, logger, logs_to_stderr
 from iosr_fast.serving.http.metrics import ClassifierMetrics
 from iosr_fast.serving.http.open_site import named_folders, open_site
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.site import Site
 from iosr_fast.serving.http.turns import Peers
+from iosr_fast.serving.limits import Limits
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
@@ -66,7 +67,7 @@ def run(bundles: str | Path | Sequence[str | Path], settings: Settings) -> None:
             site = closing.enter_context(open_site(folders, settings))
             closing.callback(gc.unfreeze)  # else extension modules report frozen objects as leaks at exit
             site.loading = True
-            listener.listen(BACKLOG)
+            listener.listen(Limits.backlog)
             host, port = listener.getsockname()[:2]
             for served in site.served.values():
                 CLASSIFIER.set(served.name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -16,29 +16,19 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.serving.http.addresses import is_loopback, is_named
 from iosr_fast.serving.http.tokens import Token, read_tokens
+from iosr_fast.serving.limits import MIB, Count, Deadlines, Limits, Option
 
-MIB = 1 << 20
-_MAX = 1e12  # msgspec compares with finite numbers only; this bound refuses infinity
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a host, and of a classifier in a path
 _ORIGIN = re.compile(r"\*|(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+])(:\d+)?")
 
-Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(ge=1e-3, le=_MAX)]
 BetweenZeroAndOne = Annotated[float, Meta(gt=0, lt=1)]
-NonNegative = Annotated[float, Meta(ge=0, le=_MAX)]
-
-
-class Option(NamedTuple):
-    """A setting as an option of `iosr-fast serve`, in a section of its help."""
-
-    help: str
-    section: str = ""
 
 
 def check_fields(record: Any) -> None:
     """Raise ValueError for the first field of a dataclass that its annotation does not allow."""
-    for name, annotation in get_type_hints(type(record), include_extras=True).items():
-        value = getattr(record, name)
+    annotations = get_type_hints(type(record), include_extras=True)
+    for name in (one.name for one in fields(record)):
+        value, annotation = getattr(record, name), annotations[name]
         if not isinstance(value, Path):
             try:
                 msgspec.convert(value, annotation)
@@ -48,8 +38,8 @@ def check_fields(record: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Limits, deadlines and files of one server. Raises ValueError that names the setting and the expected value.
+class Settings(Limits, Deadlines):
+    """All settings of one server. Raises ValueError that names the setting and the expected value.
 
     `token` is the text of a token file (tokens.py); None disables changes of classes. Clients share the queue and the
     memory for bodies (addresses.client_of). A client must also read an answer within `body_timeout_s`; connection.py
@@ -94,29 +84,7 @@ class Settings:
         Count | None,
         Option("Most images of a batch [default: 8 on a CPU; on a GPU as many as the engine takes].", "Batches"),
     ] = None
-    max_queue: Annotated[
-        Count, Option("Most images that are accepted and not yet answered; others get status 503.", "Batches")
-    ] = 512  # of which a client that is alone has half (Shares)
     decode_threads: Annotated[Count | None, Option("Images decoded in parallel [default: chosen].", "Batches")] = None
-
-    max_images: Annotated[Count, Option("Most images of a request.", "Limits")] = 64
-    max_body_mb: Annotated[Positive, Option("Largest request, in MB.", "Limits")] = 32.0
-    max_image_mb: Annotated[Positive, Option("Largest image file, in MB.", "Limits")] = 8.0
-    max_pixels: Annotated[Count, Option("Largest image, in pixels.", "Limits")] = 50_000_000
-    max_connections: Annotated[Count, Option("Most open connections.", "Limits")] = 900  # many systems allow 1,024
-
-    decode_timeout_s: Annotated[Positive, Option("CPU seconds to decode an image.", "Time limits")] = 4.0
-    body_timeout_s: Annotated[Positive, Option("Seconds to receive the body of a request.", "Time limits")] = 20.0
-    deadline_ms: Annotated[Count, Option("Deadline of a request that names none, in milliseconds.", "Time limits")] = (
-        5_000
-    )
-    max_deadline_ms: Annotated[
-        Count, Option("Longest deadline that a request may name, in milliseconds.", "Time limits")
-    ] = 60_000
-    drain_s: Annotated[
-        NonNegative, Option("After a signal to stop: seconds in which requests are still accepted.", "Time limits")
-    ] = 1.0
-    grace_s: Annotated[Count, Option("Then: seconds to answer the requests that were accepted.", "Time limits")] = 30
 
     def __post_init__(self) -> None:
         if self.token is not None:

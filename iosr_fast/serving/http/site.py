@@ -21,6 +21,7 @@ from iosr_fast.serving.http.metrics import ClassifierMetrics, EngineMetrics, Met
 from iosr_fast.serving.http.recent import Recent
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
+from iosr_fast.serving.limits import Limits
 from iosr_fast.utils.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from iosr_fast.serving.collector import Collector
 
 Answer = TypeVar("Answer")
-_MAX_CHANGES = 8  # that may wait
-_BODIES = 8  # of the largest size that memory holds together; of these a client alone has half (Shares)
 
 
 class Site:
@@ -47,7 +46,7 @@ class Site:
         self.only = folders[""].absolute().name if self.alone else ""
         self.metrics = Metrics(several=not self.alone)
         self.server_metrics = ClassifierMetrics(self.metrics)  # of requests that concern no classifier of several
-        self.bodies = Shares(_BODIES * settings.max_body_bytes)
+        self.bodies = Shares(Limits.bodies * settings.max_body_bytes)
         self.loading = self.draining = False
         self.served: dict[str, ServedEncoder] = {}  # classifiers, or one encoder alone
         self.refused: dict[str, str] = {}
@@ -234,7 +233,7 @@ class ServedClassifier(ServedEncoder):
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes wait."""
-        if (waiting := len(self.unfinished)) >= _MAX_CHANGES:
+        if (waiting := len(self.unfinished)) >= Limits.changes:
             raise busy("busy", f"{waiting} changes are waiting already; try again", 5)
         change = self._changes.submit(self._act, act)
         self.unfinished.add(change)

@@ -23,10 +23,9 @@ from iosr_fast.serving.batching.decoder import grey_png
 from iosr_fast.serving.batching.item import Encoded
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.limits import Limits
 
 _MAX_TEXT = 4 * MAX_LENGTH  # bytes of a text field in UTF-8
-_BOX_TEXT = 128  # bytes of a box in JSON
-_MAX_HEADERS = 4096  # bytes of the headers of a part
 _FORMS = "multipart/form-data with file fields `images`"
 
 
@@ -122,7 +121,7 @@ class Uploads:
                 raise ApiError(400, "unexpected_field", f"expected form fields {names}, got {name[:80]!r}")
             if len(values) == MAX_TEXTS:
                 raise ApiError(413, "too_many_fields", f"expected at most {MAX_TEXTS} fields {name!r}, got more")
-            if len(content) > (most := _BOX_TEXT * self._max_images if name == "boxes" else _MAX_TEXT):
+            if len(content) > (most := Limits.box_text * self._max_images if name == "boxes" else _MAX_TEXT):
                 raise ApiError(413, "too_large", f"expected a field {name!r} of at most {most} bytes")
             try:
                 values.append(content.decode())
@@ -154,7 +153,7 @@ def _parts(body: bytes, content_type: bytes) -> Iterator[tuple[str, bytes]]:
         raise _bad_form("it does not begin with the boundary of its Content-Type, of at most 70 bytes")
     start = len(delimiter) - 2
     while not body.startswith(b"--", start):
-        end, content = body.find(delimiter, start), body.find(b"\r\n\r\n", start, start + _MAX_HEADERS) + 4
+        end, content = body.find(delimiter, start), body.find(b"\r\n\r\n", start, start + Limits.part_headers) + 4
         if end < 0:
             raise _bad_form("it ends before its last boundary")
         before, *lines = body[start : content - 4].split(b"\r\n") if start < content <= end else [b""]
