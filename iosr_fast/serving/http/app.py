@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from iosr_fast import __version__
-from iosr_fast.serving.http import classes, embed, errors, health, lists, predict, schemas, static
+from iosr_fast.serving.http import classes, embeddings, errors, health, lists, predict, schemas, static
 from iosr_fast.serving.http.logs import logger
 from iosr_fast.serving.http.middleware import RequestMiddleware
 from iosr_fast.serving.http.site import ServedClassifier, Site
@@ -56,7 +56,7 @@ def create_app(site: Site) -> FastAPI:
     if not site.alone:
         app.include_router(predict.make_router_of_several(site))
     routes = APIRouter()
-    routes.include_router(embed.make_router(site))
+    routes.include_router(embeddings.make_router(site))
     if isinstance(site.described, ServedClassifier):
         for router in (predict.make_router(site), lists.router, classes.make_router(site)):
             routes.include_router(router)

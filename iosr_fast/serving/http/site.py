@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.serving.fairness import Shares
 from iosr_fast.serving.http import schemas
-from iosr_fast.serving.http.embeddings import EmbeddingUploads
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.metrics import ClassifierMetrics, EngineMetrics, Metrics
 from iosr_fast.serving.http.recent import Recent
+from iosr_fast.serving.http.row_uploads import RowUploads
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Uploads
 from iosr_fast.serving.limits import Limits
@@ -187,7 +187,7 @@ class ServedClassifier(ServedEncoder):
         encoder = self.classifier.encoder
         self.takes_changes = not isinstance(encoder, Rows)
         if isinstance(encoder, Rows):
-            self.uploads = EmbeddingUploads(self.settings, encoder)
+            self.uploads = RowUploads(self.settings, encoder)
         # A single thread, so that no other change comes between the checks of a change and the change itself.
         self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
         self.unfinished: set[Future[Any]] = set()  # the running change, and those that wait
