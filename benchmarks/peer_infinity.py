@@ -2,7 +2,8 @@
 
 python benchmarks/peer_infinity.py --json build/serving-peer.json
 
-Ours give both embeddings and score them, infinity the plain embedding, which must be that of our fp32 encoder.
+Our classifiers give both embeddings and score them, our /v1/embeddings and infinity answer the same requests by the
+plain embedding, which must be that of our fp32 encoder.
 """
 
 from __future__ import annotations
@@ -107,15 +108,15 @@ def make_models(folder: Path) -> dict[str, Path]:
     return bundles
 
 
-def infinity_queries(images: list[bytes], expected: np.ndarray) -> Queries:
+def infinity_queries(images: list[bytes], expected: np.ndarray, model: str, path: str) -> Queries:
     """JPEGs as infinity-emb takes them, a data URI in JSON; `expected` (N, D) are the embeddings, of length 1."""
     texts = [base64.b64encode(image).decode() for image in images]
-    asked = [{"model": "clip", "modality": "image", "input": [f"data:image/jpeg;base64,{text}"]} for text in texts]
+    asked = [{"model": model, "modality": "image", "input": [f"data:image/jpeg;base64,{text}"]} for text in texts]
 
     def is_wrong(number: int, answer: Any) -> bool:
         return not float(np.asarray(answer["data"][0]["embedding"], np.float32) @ expected[number]) >= MIN_COSINE
 
-    return Queries([json.dumps(one).encode() for one in asked], is_wrong, "application/json", "/embeddings")
+    return Queries([json.dumps(one).encode() for one in asked], is_wrong, "application/json", path)
 
 
 def main(
@@ -132,7 +133,10 @@ def main(
         plain = classifier.encoder.encode(to_pixels(queries.bodies, classifier.encoder.geometry)).plain  # in fp32
         command = [str(program), *OPTIONS.split(), "--model-id", str(folder / "clip"), "--served-model-name", "clip"]
         server = stack.enter_context(ServerProcess(command, "/health", OFFLINE))
-        servers[INFINITY] = server, infinity_queries(queries.bodies, np.asarray(plain))
+        asked = queries.bodies, np.asarray(plain)
+        servers[INFINITY] = server, infinity_queries(*asked, "clip", "/embeddings")
+        embedding = stack.enter_context(ServerProcess.of_bundle(folder / "engine-fp32"))
+        servers["iosr_fast, fp32, embeddings"] = embedding, infinity_queries(*asked, MODEL, "/v1/embeddings")
         contenders = [Contender(name) for name in servers]
 
         async def measure() -> None:

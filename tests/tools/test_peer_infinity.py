@@ -12,7 +12,7 @@ from benchmarks.peer_infinity import infinity_queries
 
 def test_an_embedding_is_compared_with_that_of_our_encoder() -> None:
     rows = np.eye(3, 4, dtype=np.float32)
-    queries = infinity_queries([b"one", b"two", b"three"], rows)
+    queries = infinity_queries([b"one", b"two", b"three"], rows, "clip", "/embeddings")
     (uri,) = json.loads(queries.bodies[1])["input"]
     kind, _, content = uri.partition(",")
     assert (kind, base64.b64decode(content)) == ("data:image/jpeg;base64", b"two")

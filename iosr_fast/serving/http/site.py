@@ -115,7 +115,6 @@ class ServedEncoder:
     """An encoder of a `site`, which embeds; `batching` is closed by the caller."""
 
     takes_changes = False
-    collector: Collector | None = None
 
     def __init__(
         self,
