@@ -57,6 +57,14 @@ def test_comes_whole_from_its_own_server(visit: Visit) -> None:
         assert forbidden is None or not forbidden.search(path.read_text(encoding="utf-8")), path.name
 
 
+def test_somebody_without_a_picture_tries_an_example(visit: Visit) -> None:
+    name = visit.site.classifier.classes()[0].name
+    sample = visit.page.get_by_role("button", name=f"Classify an example of {name}", exact=True)
+    sample.press("Enter")
+    visit.page.locator("#answer .label", has_text=name).wait_for()
+    assert not sample.is_visible()
+
+
 def test_a_chosen_picture_is_answered_and_explained(visit: Visit) -> None:
     page, query = visit.page, visit.site.queries[0]
     page.locator("#promise", has_text="Each picture gets one of the 8 classes below, or none.").wait_for()

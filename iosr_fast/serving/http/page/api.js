@@ -108,6 +108,8 @@ export const classifier = () => call(`${V1}classifier`);
 export const classes = () => allPages(`${V1}classes`, "classes");
 /** The examples of a class with their `class_ids`; of the id "" those of no class. */
 export const examples = (classId) => allPages(`${V1}examples?class_id=${encodeURIComponent(classId)}`, "examples");
+export const firstExample = async (classId) =>
+  (await call(`${classPath(classId)}/examples?limit=1`)).example_ids[0];
 export const unlabelled = async () => (await call(`${V1}examples?class_id=&limit=1`)).total;
 
 export const addClass = (name, pictures) => call(`${V1}classes`, { method: "POST", body: form(pictures, { name }) });

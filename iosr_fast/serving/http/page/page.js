@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import * as classes from "./classes.js";
-import { complain, count, find, say, sayNothing } from "./dom.js";
+import { button, complain, count, find, make, say, sayNothing } from "./dom.js";
 import * as list from "./list.js";
 import { acceptChoices, acceptDrops, preview } from "./pictures.js";
 import * as queue from "./queue.js";
@@ -10,6 +10,7 @@ import { show } from "./result.js";
 import * as teach from "./teach.js";
 
 const SIDE = 1280; // Of the shown picture, in pixels.
+const SAMPLES = 6;
 
 function add(files) {
   sayNothing();
@@ -36,6 +37,24 @@ function answered(items) {
 function cleared() {
   queue.clear();
   find("choose").focus();
+}
+
+/** Offer stored examples of some classes to somebody who has no picture at hand. */
+async function offerSamples() {
+  const taught = classes.all.filter(({ examples }) => examples);
+  const step = Math.max(1, Math.floor(taught.length / SAMPLES));
+  for (const { class_id, name } of taught.filter((_, i) => i % step === 0).slice(0, SAMPLES)) {
+    const src = api.pictureAddress(await api.firstExample(class_id));
+    const picture = make("img", { src, alt: `Classify an example of ${name}` });
+    const choose = async () => {
+      const blob = await (await fetch(src)).blob();
+      find("choose").focus({ preventScroll: true }); // The samples are about to disappear.
+      add([new File([blob], `example of ${name}`, { type: blob.type })]);
+    };
+    const stored = await picture.decode().then(() => true, () => false);
+    if (stored) find("samples").append(make("li", {}, button(picture, choose)));
+  }
+  find("samples-title").hidden = !find("samples").children.length;
 }
 
 /** Read classes and facts of the server's newest version, and show them. */
@@ -100,7 +119,9 @@ acceptChoices(find("choose"), add);
 acceptChoices(find("camera"), add);
 acceptDrops(document.documentElement, add); // Also pictures dropped outside of the stage.
 document.addEventListener("paste", paste);
-queue.setUp({ answered, refresh, ready: refresh() });
+const ready = refresh();
+queue.setUp({ answered, refresh, ready });
+ready.then(offerSamples).catch((error) => complain(error.message));
 list.setUp({ selected, cleared });
 classes.setUp(change);
 teach.setUp();
