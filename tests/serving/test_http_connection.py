@@ -78,14 +78,21 @@ def test_no_bytes_but_a_whole_head_extend_a_deadline(shared: Site) -> None:
             assert made == case[2], case
 
 
-def test_the_first_byte_of_a_first_head_extends_no_deadline(shared: Site) -> None:
+def test_the_first_byte_of_a_head_extends_no_deadline(shared: Site) -> None:
     with shared.connect() as connection:
         wait_until(lambda: len(shared.connections) == 1)
         (waiting,) = shared.connections
         deadline = waiting._timer.when()
+        time.sleep(0.01)  # timers count whole milliseconds
         connection.sendall(b"G")
         wait_until(lambda: waiting._searched == 1)
         assert waiting._timer.when() == deadline
+        connection.sendall(GET[1:])
+        read_answers(connection, 1)
+        deadline = wait_until(lambda: waiting._timer).when()  # of an idle connection
+        connection.sendall(b"G")
+        wait_until(lambda: waiting._searched == 1)
+        assert waiting._timer.when() < deadline
 
 
 def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
@@ -203,7 +210,8 @@ def test_a_refusal_reaches_a_client_that_still_sends(shared: Site) -> None:
             assert statuses(read_all(connection)) in ([400], [414], [431])
 
 
-def test_a_client_that_sends_on_after_a_refusal_is_cut_off() -> None:
+def test_a_client_that_sends_on_after_a_refusal_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iosr_fast.serving.http.connection._LINGER_S", 60.0)
     with site(max_body_mb=1, max_image_mb=1) as small, small.connect() as connection:
         connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
         read_answers(connection, 1)
@@ -301,7 +309,8 @@ def test_a_request_whose_turn_has_not_come_is_answered_at_a_stop_or_half_close(
             connection.shutdown(socket.SHUT_WR)
         else:
             running.server.should_exit = True
-        assert statuses(read_all(connection)) == [200]
+        answer = read_all(connection)
+        assert statuses(answer) == [200] and b"connection: close" in answer
 
 
 @pytest.mark.parametrize(
