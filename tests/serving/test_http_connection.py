@@ -211,7 +211,7 @@ def test_a_refusal_reaches_a_client_that_still_sends(shared: Site) -> None:
 
 
 def test_a_client_that_sends_on_after_a_refusal_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.connection._LINGER_S", 60.0)
+    monkeypatch.setattr("iosr_fast.serving.limits.Deadlines.linger_s", 60.0)
     with site(max_body_mb=1, max_image_mb=1) as small, small.connect() as connection:
         connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
         read_answers(connection, 1)
