@@ -41,7 +41,7 @@ def labels_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def sampling(
-    folder: Path, max_error: float = MAX_ERROR, digest: str = "one", share: float = 0.9999, limit: int = 1_000
+    folder: Path, max_error: float = MAX_ERROR, digest: str = "one", share: float = 1 - 2**-40, limit: int = 1_000
 ) -> Iterator[CheckSample]:
     kept = KeptFolder(folder)
     try:
@@ -71,8 +71,8 @@ def test_sampled_answers_are_judged_until_the_server_says_so_across_a_restart(
 ) -> None:
     @contextmanager
     def server() -> Iterator[tuple[Client, Collector]]:
-        collector = Collector(tmp_path, 1_000, MAX_ERROR, check_share=0.9999, digest="one")
-        with serving(collector=collector, max_error=MAX_ERROR, collect=tmp_path, check_share=0.9999) as client:
+        collector = Collector(tmp_path, 1_000, MAX_ERROR, check_share=1 - 2**-40, digest="one")
+        with serving(collector=collector, max_error=MAX_ERROR, collect=tmp_path, check_share=1 - 2**-40) as client:
             yield client, collector
         collector.close()
 
@@ -204,7 +204,7 @@ def test_no_client_fills_the_places_of_the_sample(tmp_path: Path) -> None:
 
 
 def test_labels_that_cannot_be_read_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    collector = Collector(tmp_path, 10, MAX_ERROR, check_share=0.9999)
+    collector = Collector(tmp_path, 10, MAX_ERROR, check_share=1 - 2**-40)
     (tmp_path / LABELS).write_text("name,label\nx,y\n", encoding="utf-8")
     for _ in range(3):
         collector.read_labels(head())

@@ -188,7 +188,9 @@ def test_what_needs_a_look_is_kept_and_checked_labels_count(tmp_path: Path, monk
     monkeypatch.setattr(Deadlines, "read_labels_s", 0.0)
     classifier, outcomes = several(), list[str]()
     collector = Collector(tmp_path, 100, MAX_ERROR, outcomes.append, 0.9999, "one", several=True)
-    with serving(classifier, collector=collector, max_error=MAX_ERROR, collect=tmp_path, check_share=0.9999) as client:
+    with serving(
+        classifier, collector=collector, max_error=MAX_ERROR, collect=tmp_path, check_share=1 - 2**-40
+    ) as client:
         client.predict(*PICTURES)
         collector.settle()
         answers = dict(zip(PICTURES, classifier.explain(PICTURES, max_error=MAX_ERROR), strict=True))
@@ -216,7 +218,7 @@ def test_what_needs_a_look_is_kept_and_checked_labels_count(tmp_path: Path, monk
         checked = client.get("/v1/classifier").json()["checked"]
         assert (checked["checks"], checked["wrong"]) == (sum(counts), counts[0] - 1 + counts[1])
     collector.close()
-    again = Collector(tmp_path, 100, MAX_ERROR, check_share=0.9999, digest="one", several=True)
+    again = Collector(tmp_path, 100, MAX_ERROR, check_share=1 - 2**-40, digest="one", several=True)
     assert again.checks is not None
     assert (again.checks.result.checks, again.checks.result.wrong) == (checked["checks"], checked["wrong"])
     again.close()
