@@ -21,7 +21,7 @@ _SHARES = ("max_error", "check_share")
 _REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME", "allow_origin": "URL"}
 _Folders = Annotated[
     list[Path],
-    argument("CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, or a folder of several."),
+    argument("CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, a folder of several, or an engine."),
 ]
 _TokenFile = Annotated[
     Path | None,
@@ -33,7 +33,7 @@ _TokenFile = Annotated[
 
 
 def serve(classifiers: list[Path], token_file: Path | None = None, **options: Any) -> None:
-    """Serve saved classifiers over HTTP. Clients with the token may change their classes."""
+    """Serve saved classifiers, or an engine for embeddings, over HTTP. Clients with the token may change classes."""
     if sys.platform == "win32":
         raise IosrFastError("expected Linux or macOS: the server needs the processes, limits and signals of POSIX")
     for module in ("fastapi", "uvicorn", "httptools", "prometheus_client", "threadpoolctl"):

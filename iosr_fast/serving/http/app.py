@@ -56,10 +56,10 @@ def create_app(site: Site) -> FastAPI:
     if not site.alone:
         app.include_router(predict.make_router_of_several(site))
     routes = APIRouter()
-    routes.include_router(embeddings.make_router(site))
     if isinstance(site.described, ServedClassifier):
         for router in (predict.make_router(site), lists.router, classes.make_router(site)):
             routes.include_router(router)
+    routes.include_router(embeddings.make_router(site))
     pages = static.make_router()
     pages.get("/openapi.json")(openapi)
     named: Any = {"prefix": "/v1/classifiers/{classifier}", "dependencies": [Depends(_named)]}
