@@ -21,7 +21,9 @@ _SHARES = ("max_error", "check_share")
 _REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME", "allow_origin": "URL"}
 _Folders = Annotated[
     list[Path],
-    argument("CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, a folder of several, or an engine."),
+    argument(
+        "CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, of several, or of an engine."
+    ),
 ]
 _TokenFile = Annotated[
     Path | None,
