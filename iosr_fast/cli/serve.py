@@ -21,9 +21,7 @@ _SHARES = ("max_error", "check_share")
 _REPEATED = {"trusted_proxy": "ADDRESS", "public_host": "NAME", "allow_origin": "URL"}
 _Folders = Annotated[
     list[Path],
-    argument(
-        "CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save, of several, or of an engine."
-    ),
+    argument("CLASSIFIER", "Folder of `iosr-fast fit`, Classifier.save or FewShotHead.save; of several; or an engine."),
 ]
 _TokenFile = Annotated[
     Path | None,
