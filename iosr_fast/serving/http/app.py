@@ -17,7 +17,7 @@ from iosr_fast.serving.http.middleware import RequestMiddleware
 from iosr_fast.serving.http.site import ServedClassifier, Site
 
 
-def _named(classifier: Annotated[str, Path(description="its name, of /v1/classifiers")]) -> None:
+async def _named(classifier: Annotated[str, Path(description="its name, of /v1/classifiers")]) -> None:
     """Describes the name in a path, by which RequestMiddleware finds the classifier."""
 
 

@@ -117,7 +117,7 @@ def _template(scope: Scope) -> str:
     return "/v1" + path.removeprefix("/v1").removeprefix("/classifiers/{classifier}")
 
 
-def served_of(request: Request) -> Any:
+async def served_of(request: Request) -> Any:  # else a thread would run it
     """What a request asks, a ServedClassifier or an encoder alone, for routes. Raises ApiError where it names none."""
     served: ServedEncoder | None = request.scope[SERVED]
     if served is None:
