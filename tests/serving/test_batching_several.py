@@ -14,37 +14,24 @@ import pytest
 from iosr_fast.exceptions import IosrFastError, NotFittedError
 from iosr_fast.head.verdict import Abstention
 from iosr_fast.images.crop import Box, Crop
-from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.batching import BatchingClassifier, workers
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, FakeEncoder, Kept, Watcher, picture, until
+from tests.serving.batching_fakes import (
+    PATIENCE_S,
+    FakeClassifier,
+    FakeEncoder,
+    FakeError,
+    Watcher,
+    fail_on,
+    nothing,
+    picture,
+    said,
+)
+from tests.waiting import wait_until
 
-BLACK, HOLD = 0, 250
+BLACK, HOLD, BAD = 0, 250, "FakeError"
 ALL = ("a", "b", "c")
 Names = str | tuple[str, ...]
-
-
-class HeadError(Exception):
-    pass
-
-
-def fail_on(*numbers: int) -> Callable[[list[int]], None]:
-    """What a head or an encoder raises on these pictures; without any, on every one."""
-
-    def raises(given: list[int]) -> None:
-        try:
-            assert numbers and not set(numbers) & set(given)
-        except AssertionError:
-            raise HeadError from None
-
-    return raises
-
-
-def said(future: Any) -> Any:
-    """The version of a Prediction, which tells whose it is, or the name of an error; of several a list."""
-    found = future.exception(PATIENCE_S) or future.result()
-    each = [getattr(one, "version", type(one).__name__) for one in (found if isinstance(found, tuple) else (found,))]
-    return each if isinstance(found, tuple) else each[0]
 
 
 class Several:
@@ -104,15 +91,12 @@ def test_parts_of_a_picture_are_decoded_once_for_all(isolated: bool) -> None:
         np.testing.assert_array_equal(whole, scene)
 
 
-def test_queries_and_classifiers_that_do_not_fit_are_refused(several: Several, monkeypatch) -> None:
+def test_queries_that_do_not_fit_are_refused(several: Several, monkeypatch) -> None:
     for names in ("", "d", ("a", "d"), ["a"], None):
         with pytest.raises(IosrFastError, match="expected classifier"):
             several.batching.submit(picture(1), classifier=names)
     with pytest.raises(IosrFastError, match="of one classifier, got 3"):
         several.batching.classifier  # noqa: B018
-    with BatchingClassifier({"x": several.a}) as batching:
-        assert batching.classifier is several.a and said(batching.submit(picture(1))) == 10
-        assert said(batching.submit(picture(1), classifier=("x", "x"))) == [10, 10]
 
     def check(self: Abstention, head: Any) -> None:
         if head.version == 20:
@@ -122,31 +106,33 @@ def test_queries_and_classifiers_that_do_not_fit_are_refused(several: Several, m
     for names, message in {"b": "^too few", ALL: "^classifier 'b': too few"}.items():
         with pytest.raises(IosrFastError, match=message):
             several.batching.submit(picture(1), classifier=names, max_error=0.1)
-    assert several.batching.pending == 0 and several.encoder.batches == [[1], [1]]
+    assert several.batching.pending == 0 and not several.encoder.batches
+    with BatchingClassifier({"x": several.a}) as batching:
+        assert batching.classifier is several.a and said(batching.submit(picture(1))) == 10
 
 
 @pytest.mark.parametrize(("field", "value"), [("fingerprint", "x"), ("image_size", 8), ("width", 2), ("margin", 0.1)])
 def test_classifiers_share_an_encoder_or_are_refused(several: Several, field: str, value: Any) -> None:
     other = FakeClassifier()
     setattr(other if field == "margin" else other.encoder, field, value)
-    with pytest.raises(IosrFastError, match=r"'z' with (fingerprint|geometry|width|margin) .*, and others with"):
-        BatchingClassifier({**several.named, "z": other})
     unfitted = Mock(snapshot=Mock(side_effect=NotFittedError("not fitted yet")))
-    with pytest.raises(NotFittedError, match="classifier 'z': not fitted"):
-        BatchingClassifier({**several.named, "z": unfitted})
-    for given, options in (({}, {}), ({1: other}, {}), (several.named, {"collect": {"d": several.collect}})):
-        with pytest.raises(IosrFastError, match=r"expected (a classifier|collect for)"):
-            BatchingClassifier(given, **options)
+    for named, collect, message in (
+        ({**several.named, "z": other}, {}, r"'z' with (fingerprint|geometry|width|margin) .*, and others with"),
+        ({**several.named, "z": unfitted}, {}, "classifier 'z': not fitted"),
+        ({}, {}, "expected a classifier"),
+        (several.named, {"d": several.collect}, "expected collect for"),
+    ):
+        with pytest.raises(IosrFastError, match=message):
+            BatchingClassifier(named, collect=collect)
     # Another one is fitted again on another encoder: the others go on.
-    several.c.encoder = other.encoder
-    several.c.margin = other.margin
+    several.c.encoder, several.c.margin = other.encoder, other.margin
     assert several.ask(names=("b", "a")) == [20, 10]
     with pytest.raises(IosrFastError, match="'c' was fitted again on another encoder"):
         several.ask()
 
 
 @pytest.mark.parametrize("adapted", [(), (1,), (1, 2)])
-def test_all_share_the_encoder_of_the_first_that_compares_adapted_embeddings(adapted: tuple[int, ...]) -> None:
+def test_all_share_the_encoder_of_the_first_of_adapted_embeddings(adapted: tuple[int, ...]) -> None:
     made = [FakeClassifier(version=i, adapted=i in adapted) for i in range(3)]
     with BatchingClassifier({str(i): one for i, one in enumerate(made)}) as batching:  # type: ignore[misc]
         assert said(batching.submit(picture(1), classifier="2")) == 2
@@ -157,9 +143,8 @@ def test_all_share_the_encoder_of_the_first_that_compares_adapted_embeddings(ada
 def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, guilty: int, caplog) -> None:
     several.a.raises = several.b.raises = fail_on(guilty)
     found = several.together((1, ALL), (2, ALL), (3, "b"), (4, ("b",)), (5, "c"))
-    bad = "HeadError"
-    assert found[:2] == [[10, 20, 30], [bad, bad, 30] if guilty == 2 else [10, 20, 30]]
-    assert found[2:] == [bad if guilty == 3 else 20, [20], 30]
+    assert found[:2] == [[10, 20, 30], [BAD, BAD, 30] if guilty == 2 else [10, 20, 30]]
+    assert found[2:] == [BAD if guilty == 3 else 20, [20], 30]
     assert several.batching.healthy and not several.batching.failures and several.batching.last_error is None
     tried = sorted(several.encoder.batches[2:])
     assert tried == [[BLACK], [1], [2], [3], [4]], "encoded once more: embeddings may be what is wrong"
@@ -169,57 +154,57 @@ def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, g
 
 
 def test_a_head_that_fails_on_every_picture_fails_alone(several: Several, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 3600.0)
+    monkeypatch.setattr(workers, "_PROBE_S", 3600.0)
     several.b.raises = fail_on()
     found = several.together((1, ALL), (2, "b"), (3, ("b", "c")), (101, "b"))
-    assert found == [[10, "HeadError", 30], "HeadError", ["HeadError", 30], "HeadError"]
+    assert found == [[10, BAD, 30], BAD, [BAD, 30], BAD]
     asked = [numbers for numbers, *_ in several.b.asked if numbers != [BLACK]]
     assert asked == [[1, 2, 3]] and [1] not in several.encoder.batches, "no picture is tried alone"
     assert several.batching.healthy and several.batching.failures.keys() == {"b"}
     assert [outcome for outcome, _ in several.watcher.done] == ["ok", "ok", "error", "ok", "error"]
-    kept = picture(1).view(Kept)
-    watched, futures = weakref.ref(kept), several.batching.submit_many([kept], classifier=ALL)
-    del kept
-    assert said(futures[0])[1] == "HeadError"
-    until(lambda: watched() is None)
-    assert several.ask(names=("b", "a")) == ["HeadError", 10] and caplog.text.count("tried one by one") == 1
+    image = picture(1)
+    watched, future = weakref.ref(image), several.batching.submit(image, classifier=ALL)
+    del image
+    assert said(future)[1] == BAD
+    wait_until(lambda: watched() is None)
+    assert several.ask(names=("b", "a")) == [BAD, 10] and caplog.text.count("tried one by one") == 1
     several.a.raises = several.c.raises = fail_on()
-    assert several.ask() == ["HeadError"] * 3 and several.watcher.done[-1] == ("error", None)
-    assert not several.batching.healthy and isinstance(several.batching.last_error, HeadError)
-    several.a.raises = several.b.raises = fail_on(99)
+    assert several.ask() == [BAD] * 3 and several.watcher.done[-1] == ("error", None)
+    assert not several.batching.healthy and isinstance(several.batching.last_error, FakeError)
+    several.a.raises = several.b.raises = nothing
     assert several.ask(names=("a", "b")) == [10, 20] and several.batching.healthy
     assert several.batching.failures.keys() == {"c"}, "until it is asked again, or tried"
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_failed_heads_are_tried_while_nobody_asks_them(several: Several, monkeypatch, busy: bool) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 0.01 if busy else 0.001)
+    monkeypatch.setattr(workers, "_PROBE_S", 0.01 if busy else 0.001)
     several.b.raises = fail_on()
-    assert several.ask() == [10, "HeadError", 30]
+    assert several.ask() == [10, BAD, 30]
     count = len(several.b.asked)
     ask: Callable[[], Any] = (lambda: several.ask(names="a")) if busy else (lambda: 10)
-    until(lambda: ask() == 10 and len(several.b.asked) > count + 3)
+    wait_until(lambda: ask() == 10 and len(several.b.asked) > count + 3)
     assert several.batching.failures.keys() == {"b"}
-    several.b.raises = fail_on(99)
-    until(lambda: ask() == 10 and not several.batching.failures)
+    several.b.raises = nothing
+    wait_until(lambda: ask() == 10 and not several.batching.failures)
     several.b.raises = several.a.raises = several.c.raises = fail_on()
-    assert several.ask(names="b") == "HeadError"
-    until(lambda: not several.batching.healthy)  # the others are tried, too
+    assert several.ask(names="b") == BAD
+    wait_until(lambda: not several.batching.healthy)  # the others are tried, too
 
 
 def test_an_encoder_that_fails_fails_for_all(several: Several, monkeypatch) -> None:
-    monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
+    monkeypatch.setattr(workers, "_PROBE_S", 0.001)
     several.encoder.raises = fail_on(3)
-    assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], "HeadError", 10]
+    assert several.together((1, ALL), (3, ALL), (4, "a")) == [[10, 20, 30], BAD, 10]
     several.encoder.raises = lambda numbers: fail_on()(numbers) if numbers == [2] else None  # when it is tried again
     several.b.raises = fail_on(2)
-    assert several.together((1, ALL), (2, ALL)) == [[10, 20, 30], [10, "HeadError", 30]]
+    assert several.together((1, ALL), (2, ALL)) == [[10, 20, 30], [10, BAD, 30]]
     assert several.batching.healthy
     several.encoder.raises, several.b.raises = fail_on(), fail_on()
-    assert several.ask() == "HeadError" and not several.batching.healthy and not several.batching.failures
-    several.encoder.raises = fail_on(99)
-    until(lambda: several.batching.healthy)
-    assert several.ask(names=("a", "b")) == [10, "HeadError"]
+    assert several.ask() == BAD and not several.batching.healthy and not several.batching.failures
+    several.encoder.raises = nothing
+    wait_until(lambda: several.batching.healthy)
+    assert several.ask(names=("a", "b")) == [10, BAD]
 
 
 def test_warming_runs_each_head_and_names_those_that_fail(several: Several) -> None:
@@ -229,5 +214,5 @@ def test_warming_runs_each_head_and_names_those_that_fail(several: Several) -> N
     assert [len(numbers) for numbers, *_ in several.c.asked] == [1, 2, 4] and len(several.b.asked) == 1
     assert several.batching.healthy and several.batching.failures.keys() == {"b"}
     several.a.raises = several.c.raises = fail_on()
-    with pytest.raises(HeadError):
+    with pytest.raises(FakeError):
         several.batching.warm()
