@@ -36,12 +36,11 @@ def labels(futures: Iterable[Any]) -> list[int]:
     return [int(future.result(PATIENCE_S).label) for future in futures]
 
 
-def said(future: Any, of: Callable[[Prediction], Any] = lambda made: made.version) -> Any:
+def said(future: Any) -> Any:
     """The version of a Prediction, which tells whose it is, or the name of an error; of several a list."""
     found = future.exception(PATIENCE_S) or future.result()
-    if isinstance(found, tuple):
-        return [type(one).__name__ if isinstance(one, Exception) else of(one) for one in found]
-    return type(found).__name__ if isinstance(found, Exception) else of(found)
+    each = [getattr(one, "version", type(one).__name__) for one in (found if isinstance(found, tuple) else (found,))]
+    return each if isinstance(found, tuple) else each[0]
 
 
 def threads() -> set[threading.Thread]:

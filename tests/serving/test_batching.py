@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.exceptions import ClosedError, DeadlineExceededError, NotFittedError, QueueFullError
+from iosr_fast import Classifier
+from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.head import head
 from iosr_fast.serving.batching import BatchingClassifier, batching_classifier, item, queue, workers
 from tests import ROOT
+from tests.demo_cache import demo_bundle
 from tests.pictures import turned
 from tests.serving.batching_fakes import (
     PATIENCE_S,
@@ -36,6 +38,7 @@ from tests.serving.batching_fakes import (
     threads,
 )
 from tests.waiting import wait_until
+from tools.demo.bundle import held_out_queries
 
 NEVER_MS = 3_600_000.0
 
@@ -117,15 +120,11 @@ def test_each_run_takes_its_share(make, classifier: FakeClassifier, runs: int, s
 
 
 def test_each_query_gets_and_pays_for_what_it_asks(make, classifier: FakeClassifier) -> None:
-    batching = make(max_batch=8)
+    batching = make()
     with classifier.held(batching):
-        wanted = [(5, 0), (1, 0), (2, 3), (5, 0)]
-        futures = [batching.submit(picture(i), top=t, nearest=n) for i, (t, n) in enumerate(wanted)]
-    got = [future.result(PATIENCE_S) for future in futures]
-    assert [(int(made.label), len(made.top), len(made.nearest)) for made in got] == [
-        (i, *asked) for i, asked in enumerate(wanted)
-    ]
-    assert classifier.asked[1:] == [([0, 3], 5, 0), ([1], 1, 0), ([2], 2, 3)]
+        futures = [batching.submit(picture(i), top=t, nearest=n) for i, (t, n) in enumerate([(5, 0), (2, 3), (5, 0)])]
+    got = [(made.label, len(made.top), len(made.nearest)) for made in (one.result(PATIENCE_S) for one in futures)]
+    assert got == [("0", 5, 0), ("1", 2, 3), ("2", 5, 0)] and classifier.asked[1:] == [([0, 2], 5, 0), ([1], 2, 3)]
 
 
 def test_each_image_is_of_the_fit_of_its_submission(make, classifier: FakeClassifier, monkeypatch) -> None:
@@ -148,6 +147,36 @@ def test_each_image_is_of_the_fit_of_its_submission(make, classifier: FakeClassi
         before.open.set()
         assert labels([*old, new]) == [1, 2, 6, 3], "the last old one as it is stored, turned"
     assert sorted(before.batches[1:]) == [[1], [2], [6]] and after.batches[-1] == [3]
+
+
+@pytest.mark.slow
+def test_changes_compute_what_promises_rest_on_once_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("open_clip", reason="it comes with the cpu extra")
+    classifier, images = Classifier.load(demo_bundle(12, 3)), held_out_queries(12, 3)[0]
+    fits = list[str]()
+
+    def counted(name: str) -> None:
+        compute = getattr(head, name)
+        monkeypatch.setattr(head, name, lambda *given: fits.append(f"{name} {classifier.version}") or compute(*given))
+
+    counted("fit_unknown")
+    counted("out_of_fold")
+    classifier.predict(images[:2])
+    classifier.rename_class("~0", "plain", keep_text=True)
+    assert not fits, "who asks for no promise pays for none"
+    with BatchingClassifier(classifier) as batching:
+        classifier.add_class("new", images[:2])
+        assert fits == ["out_of_fold 2"], "before it is published; nobody has asked for unknown pictures"
+
+        def ask() -> int:
+            batching.submit(images[5], keep=0.7, max_error=0.4).result(PATIENCE_S)
+            return len(fits)
+
+        assert ask() == 2 and fits[1:] == ["fit_unknown 3"]
+        classifier.remove_class("~0")
+        assert sorted(fits[2:]) == ["fit_unknown 3", "out_of_fold 3"] and ask() == 4
+        classifier.rename_class("~1", "another", keep_text=True)
+        assert ask() == 4, "a name alone changes no promise"
 
 
 # --- deadlines, cancelling, refusals ---
@@ -202,61 +231,30 @@ def test_a_cancelled_image_frees_its_place(make, classifier: FakeClassifier, wat
         cancelled[0].result()
 
 
-def test_the_program_itself_may_fill_the_queue(make, classifier: FakeClassifier, watcher: Watcher) -> None:
-    batching = make(max_queue=4)
-    with classifier.held(batching):
-        kept = batching.submit_many([picture(1), picture(2)])
-        with pytest.raises(QueueFullError, match="3 images wait, 2 more came, max_queue is 4"):
-            batching.submit_many([picture(3), picture(4)])
-        kept.append(batching.submit(picture(3)))
-        with pytest.raises(QueueFullError, match="the queue is full") as refused:
-            batching.submit(picture(4), client="any")
-        assert refused.value.retry_after_s > 0
-    assert labels(kept) == [1, 2, 3] and watcher.refused == ["full"] * 3
-    wait_until(lambda: batching.pending == 0)
-    assert labels(batching.submit_many([picture(5)] * 4)) == [5] * 4
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "query", "message"),
     [
-        ({"max_batch": 0}, "max_batch of at least 1"),
-        ({"max_queue": 0}, "max_queue of at least 1"),
-        ({"decode_threads": 0}, "decode_threads of at least 1"),
-        ({"max_batch": 1.5}, "max_batch to be a whole number"),
-        ({"max_wait_ms": float("nan")}, "max_wait_ms of at least 0"),
-        ({"classifiers": Mock(snapshot=Mock(side_effect=NotFittedError("not fitted yet")))}, "not fitted"),
+        ({"max_batch": 0}, {}, "max_batch of at least 1"),
+        ({"max_queue": 1.5}, {}, "max_queue to be a whole number"),
+        ({"decode_threads": 0}, {}, "decode_threads of at least 1"),
+        ({"max_wait_ms": float("nan")}, {}, "max_wait_ms of at least 0"),
+        ({}, {"top": 0}, "top of at least 1, got 0"),
+        ({}, {"nearest": -1}, "nearest of at least 0, got -1"),
+        ({}, {"deadline_s": 0}, "expected deadline_s > 0 or None, got 0"),
+        ({"max_queue": 1}, {}, r"at most 1 images at once \(max_queue\), got 2"),
     ],
 )
-def test_invalid_settings_are_refused(classifier: FakeClassifier, options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_and_queries_are_refused(make, options: Any, query: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BatchingClassifier(**{"classifiers": classifier, **options})
-
-
-@pytest.mark.parametrize(
-    ("query", "count", "message"),
-    [
-        ({"top": 0}, 1, "top of at least 1, got 0"),
-        ({"nearest": -1}, 1, "nearest of at least 0, got -1"),
-        ({"deadline_s": 0}, 1, "expected deadline_s > 0 or None, got 0"),
-        ({}, 65, r"at most 64 images at once \(max_queue\), got 65"),
-    ],
-)
-def test_invalid_queries_are_refused(batching, query: dict[str, Any], count: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        batching.submit_many([picture(0)] * count, **query)
-    assert batching.pending == 0 and batching.submit_many([]) == []
+        make(**options).submit_many([picture(0)] * 2, **query)
 
 
 def test_asyncio(batching, classifier: FakeClassifier) -> None:
     async def main() -> None:
-        found = await asyncio.gather(*(batching.classify(picture(i, 4 + i % 2), top=2) for i in range(20)))
-        assert [int(made.label) for made in found] == list(range(20)) and len(found[0].top) == 2
         mixed = await batching.classify_many([picture(1), b"no image", picture(2, 9)], nearest=1)
         assert [getattr(made, "label", "bad") for made in mixed] == ["1", "bad", "2"] and len(mixed[0].nearest) == 1
         with pytest.raises(ValueError, match="can't read image number 0"):
             await batching.classify(b"no image")
-
         classifier.encoder.open.clear()
         running = asyncio.create_task(batching.classify(picture(50)))
         await asyncio.to_thread(wait_until, lambda: [50] in classifier.encoder.batches)
