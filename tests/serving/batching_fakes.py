@@ -61,10 +61,6 @@ class Gated:
         return self.pixels
 
 
-def nothing(numbers: list[int]) -> None:
-    """Raises on no picture."""
-
-
 def fail_on(*numbers: int) -> Callable[[list[int]], None]:
     """Raises on these pictures; without any, on every one."""
 
@@ -77,6 +73,9 @@ def fail_on(*numbers: int) -> Callable[[list[int]], None]:
 
 class FakeError(Exception):
     pass
+
+
+nothing = fail_on(-1)
 
 
 class FakeEncoder(Encoder):
