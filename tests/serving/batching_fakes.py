@@ -6,7 +6,6 @@ A picture is one number in all of its pixels, and its label is that number.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -29,24 +28,19 @@ def picture(number: int, size: int = SIZE) -> np.ndarray:
     return np.full((size, size, 3), number, np.uint8)
 
 
-class Kept(np.ndarray):
-    """An array that can be watched."""
-
-
 def to_decode(image: Any, geometry: Geometry, position: int = 0, whole: bool = False) -> Item:
     return Item(image, position, Query(), 0.0, encoder=SimpleNamespace(geometry=geometry), whole=whole)
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait until another thread makes `true` true."""
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.001)
-
-
 def labels(futures: Iterable[Any]) -> list[int]:
     return [int(future.result(PATIENCE_S).label) for future in futures]
+
+
+def said(future: Any) -> Any:
+    """The version of a Prediction, which tells whose it is, or the name of an error; of several a list."""
+    found = future.exception(PATIENCE_S) or future.result()
+    each = [getattr(one, "version", type(one).__name__) for one in (found if isinstance(found, tuple) else (found,))]
+    return each if isinstance(found, tuple) else each[0]
 
 
 def threads() -> set[threading.Thread]:
@@ -67,6 +61,23 @@ class Gated:
         return self.pixels
 
 
+def fail_on(*numbers: int) -> Callable[[list[int]], None]:
+    """Raises on these pictures; without any, on every one."""
+
+    def raises(given: list[int]) -> None:
+        if not numbers or set(numbers) & set(given):
+            raise FakeError("lost")
+
+    return raises
+
+
+class FakeError(Exception):
+    pass
+
+
+nothing = fail_on(-1)
+
+
 class FakeEncoder(Encoder):
     """`batches`: the numbers it was given; `raises`: called with them, may raise; `open`: cleared, it holds batches."""
 
@@ -78,7 +89,7 @@ class FakeEncoder(Encoder):
         self.began: SimpleQueue[list[int]] = SimpleQueue()
         self.open = threading.Event()
         self.open.set()
-        self.raises: Callable[[list[int]], None] = lambda numbers: None
+        self.raises = nothing
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         assert pixels.dtype == np.uint8 and pixels.shape[1:] == (self.image_size, self.image_size, 3)
@@ -94,9 +105,7 @@ class FakeHead:
     def __init__(self, classifier: FakeClassifier) -> None:
         self.version, self.needs_adapted, self._classifier = classifier.version, classifier.adapted, classifier
 
-    def predict(
-        self, embeddings: Embeddings, top: int = 5, nearest: int = 0, abstention: Any = None
-    ) -> list[Prediction]:
+    def predict(self, embeddings: Embeddings, top: int = 5, nearest: int = 0, _: Any = None) -> list[Prediction]:
         numbers = [int(number) for number in embeddings.plain[:, 0]]
         self._classifier.asked.append((numbers, top, nearest))
         self._classifier.raises(numbers)
@@ -120,10 +129,9 @@ class FakeClassifier:
     def __init__(self, size: int = SIZE, version: int = 1, encoder: Any = None, adapted: bool = False) -> None:
         self.encoder = encoder or FakeEncoder(size)
         self.asked: list[tuple[list[int], int, int]] = []
-        self.raises: Callable[[list[int]], None] = lambda numbers: None
+        self.raises = nothing
         self.version, self.adapted = version, adapted
-        self.margin = 0.0
-        self.promises = False
+        self.margin, self.promises = 0.0, False
         self._head = FakeHead(self)
 
     def serve_promises(self) -> None:

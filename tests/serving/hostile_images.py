@@ -18,13 +18,11 @@ _MIB = 1 << 20
 def picture(rng: Rng, mode: str = "RGB", side: int | None = None) -> Image.Image:
     """Coarse patches of random colours; random size unless `side` is set."""
     width, height = (side, side) if side else rng.integers(8, 120, 2).tolist()
-    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2, "L": 1, "P": 3, "1": 1}[mode]
+    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2, "L": 1, "P": 3}[mode]
     coarse = rng.integers(0, 256, (4, 4, channels), np.uint8)
     pixels = np.kron(coarse, np.ones((height // 4 + 1, width // 4 + 1, 1), np.uint8))[:height, :width]
     if mode == "P":
         return Image.fromarray(pixels).quantize(16)
-    if mode == "1":
-        return Image.fromarray(pixels[..., 0]).convert("1")
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels, mode if mode != "L" else None)
 
 
@@ -60,11 +58,6 @@ def _flipped(rng: Rng) -> bytes:
     places = rng.integers(0, len(data), int(rng.integers(1, 30)))
     data[places] ^= (1 << rng.integers(0, 8, len(places))).astype(np.uint8)
     return data.tobytes()
-
-
-def _spliced(rng: Rng) -> bytes:
-    first, second = any_image(rng), any_image(rng)
-    return first[: int(rng.integers(len(first)))] + second[int(rng.integers(len(second))) :]
 
 
 def _claimed(rng: Rng) -> int:
@@ -111,16 +104,13 @@ def _png_text(rng: Rng) -> bytes:
         chunk(b"zTXt", b"Comment\0\0" + bomb),
         chunk(b"iTXt", b"Comment\0\1\0\0\0" + bomb),
         chunk(b"iCCP", b"profile\0\0" + bomb),
-        chunk(b"eXIf", b"MM\0*\0\0\0\x08" + rng.bytes(_MIB)),
-        chunk(b"tEXt", b"Comment\0" + bytes(4 * _MIB)),
     ]
-    return png(2, 2, kinds[int(rng.integers(len(kinds)))], rows=b"\0ab" * 2)
+    return png(2, 2, kinds[int(rng.integers(3))], rows=b"\0ab" * 2)
 
 
 IMAGES: dict[str, Callable[[Rng], bytes]] = {
     "truncated": _truncated,
     "flipped": _flipped,
-    "spliced": _spliced,
     "PNG bomb": lambda rng: png(_claimed(rng), _claimed(rng), rows=bytes(1000)),
     "PNG with two headers": lambda rng: png(
         8, 8, chunk(b"IHDR", struct.pack(">IIBBBBB", _claimed(rng), _claimed(rng), 8, 2, 0, 0, 0)), rows=bytes(1000)
@@ -128,16 +118,13 @@ IMAGES: dict[str, Callable[[Rng], bytes]] = {
     "PNG bomb that is true": lambda rng: png(8_000, 8_000, rows=bytes(8_000 * 1_001), depth=1),
     "thin PNG": lambda rng: png(1, 60_000, rows=bytes(120_000)),
     "PNG of no size": lambda rng: png(0, int(rng.integers(0, 9)), rows=b"\0"),
-    "PNG without rows": lambda rng: png(500, 500, rows=b""),
     "PNG of many chunks": lambda rng: png(4, 4, chunk(b"teSt", b"") * 50_000, rows=bytes(20)),
     "PNG text": _png_text,
     "JPEG bomb": _jpeg_bomb,
     "JPEG of many markers": lambda rng: b"\xff\xd8" + b"\xff\xe0\x00\x02" * 100_000 + encode(picture(rng), "JPEG")[2:],
     "JPEG of many scans": _jpeg_scans,
-    "JPEG of fill bytes": lambda rng: b"\xff\xd8" + b"\xff" * _MIB,
     "WebP bomb": _webp_bomb,
     "too many bytes": lambda rng: any_image(rng) + bytes(9 * _MIB),
-    "random": lambda rng: rng.bytes(int(rng.integers(1, 5000))),
     "empty": lambda rng: b"",
     "zip": lambda rng: b"PK\x03\x04" + rng.bytes(500),
     "GIF": lambda rng: _frames(rng, "GIF"),
@@ -167,9 +154,7 @@ FAIR: dict[str, Callable[[Rng], bytes]] = {
     "JPEG of many segments": _jpeg_segments,
     "16-bit PNG": lambda rng: _deep(rng, int(rng.choice([0, 2, 6]))),
     "palette PNG": lambda rng: encode(picture(rng, "P"), "PNG", transparency=0),
-    "1-bit PNG": lambda rng: encode(picture(rng, "1"), "PNG"),
     "PNG with alpha": lambda rng: encode(picture(rng, str(rng.choice(["RGBA", "LA"]))), "PNG"),
     "1x1": lambda rng: encode(picture(rng, side=1), str(rng.choice(["JPEG", "PNG", "WEBP"]))),
-    "lossless WebP": lambda rng: encode(picture(rng, "RGBA"), "WEBP", lossless=True),
     "long PNG": lambda rng: encode(picture(rng).resize((3, 900)), "PNG"),
 }

@@ -1,70 +1,157 @@
-"""BatchingClassifier when images, engine or observer fail: which images get the error, and which do not."""
+"""BatchingClassifier of one classifier or of several on one encoder: who answers, and with whom errors stay."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError, NotFittedError
 from iosr_fast.images import preprocess
 from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.limits import Deadlines
 from tests.pictures import encode
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, Watcher, picture
+from tests.serving.batching_fakes import (
+    PATIENCE_S,
+    FakeClassifier,
+    FakeEncoder,
+    FakeError,
+    Watcher,
+    fail_on,
+    nothing,
+    picture,
+    said,
+)
+from tests.waiting import wait_until
 
-BLACK = 0  # a failed engine is tried with a black picture
-FIRST = 200
-
-
-class EngineError(Exception):
-    pass
-
-
-def together(batching: BatchingClassifier, classifier: FakeClassifier, numbers: list[int]) -> list[Any]:
-    """Futures of pictures that come in one batch, behind another one on which nothing is raised."""
-    raises = classifier.encoder.raises
-    classifier.encoder.raises = lambda given: None if given == [FIRST] else raises(given)
-    with classifier.held(batching, FIRST):
-        return batching.submit_many([picture(number) for number in numbers])
-
-
-def outcomes(futures: list[Any]) -> list[int | str]:
-    """Labels, and names of errors."""
-    got = [(future.exception(PATIENCE_S), future) for future in futures]
-    return [int(future.result().label) if error is None else type(error).__name__ for error, future in got]
+BLACK, HOLD, BAD = 0, 250, "FakeError"  # what failed is tried with a black picture
+ALL = ("a", "b", "c")
+Names = str | tuple[str, ...]
 
 
-def raising(error: Callable[[], BaseException], when: Callable[[list[int]], bool]) -> Callable[[list[int]], None]:
-    def raises(numbers: list[int]) -> None:
-        if when(numbers):
-            raise error()
+class Several:
+    """Classifiers on one encoder, whose heads have the versions 10, 20 and 30."""
 
-    return raises
+    def __init__(self) -> None:
+        self.encoder, self.watcher = FakeEncoder(), Watcher()
+        self.a, self.b, self.c = (FakeClassifier(version=version, encoder=self.encoder) for version in (10, 20, 30))
+        self.named: Any = {"a": self.a, "b": self.b, "c": self.c}
+        self.collected: list[tuple[int, int]] = []
+
+    def start(self, **options: Any) -> BatchingClassifier:
+        self.batching = BatchingClassifier(self.named, decode_threads=2, observer=self.watcher, **options)
+        return self.batching
+
+    def collect(self, image: Any, rows: Any, head: Any, client: str) -> None:
+        self.collected.append((head.version, int(rows.plain[0, 0])))
+
+    def ask(self, number: int = 1, names: Names = ALL) -> Any:
+        return said(self.batching.submit(picture(number), classifier=names))
+
+    def together(self, *asked: tuple[int, Names]) -> list[Any]:
+        """What is said of pictures that come in one batch; of those from 100 on more classes are asked."""
+        raises = self.encoder.raises
+        self.encoder.raises = lambda given: None if given == [HOLD] else raises(given)
+        with self.a.held(self.batching, HOLD, classifier="a"):
+            futures = [self.batching.submit(picture(i), classifier=names, top=1 + i // 100) for i, names in asked]
+        return [said(future) for future in futures]
 
 
-def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
+@pytest.fixture
+def several() -> Iterator[Several]:
+    made = Several()
+    with made.start(collect={"b": made.collect}):
+        yield made
+        made.encoder.open.set()
+    assert made.batching.pending == 0
+
+
+def test_a_picture_is_encoded_once_and_scored_by_each_that_it_asks(several: Several) -> None:
+    found = several.together((1, "a"), (2, ("c", "a")), (3, ("b",)), (4, ALL), (5, "b"))
+    assert found == [10, [30, 10], [20], [10, 20, 30], 20] and several.encoder.batches == [[HOLD], [1, 2, 3, 4, 5]]
+    scored = [[numbers for numbers, *_ in one.asked] for one in (several.a, several.b, several.c)]
+    assert scored == [[[HOLD], [1, 2, 4]], [[3, 4, 5]], [[2, 4]]], "in one call of each head"
+    assert several.watcher.done[1:] == [("ok", label) for label in ("1", None, "3", None, "5")]
+    assert several.collected == [(20, 3), (20, 4), (20, 5)] and all(one.promises for one in several.named.values())
+
+
+@pytest.mark.parametrize(("isolated", "margin", "labels"), [(False, 0.0, "34"), (True, 0.0, "34"), (True, 1.0, "33")])
+def test_parts_of_a_picture_are_decoded_once_for_all(isolated: bool, margin: float, labels: str) -> None:
+    """With the margin of the fit."""
+    several = Several()
+    several.a.margin = several.b.margin = several.c.margin = margin
+    scene = np.repeat([3, 4], 8 * 16 * 3).astype(np.uint8).reshape(16, 16, 3)
+    with several.start(isolated=isolated, collect=several.collect) as batching:
+        parts = [Crop(encode(scene), Box(4, y, 4, 4)) for y in (1, 8, 99)]
+        *inside, outside = batching.submit_many(parts, classifier=("c", "b"))
+        assert [[one.label for one in part.result(PATIENCE_S)] for part in inside] == [[label] * 2 for label in labels]
+        assert said(inside[0]) == [30, 20] and said(outside) == "BadImageError" and not several.collected
+        whole = batching.decode_whole(encode(scene), classifier="b").result(PATIENCE_S)
+        np.testing.assert_array_equal(whole, scene)
+
+
+def test_names_that_are_not_here_are_refused(several: Several) -> None:
+    for names in ("", "d", ("a", "d"), ["a"], None):
+        with pytest.raises(IosrFastError, match="expected classifier"):
+            several.batching.submit(picture(1), classifier=names)
+    with pytest.raises(IosrFastError, match="of one classifier, got 3"):
+        several.batching.classifier  # noqa: B018
+    assert several.batching.pending == 0
+    with BatchingClassifier({"x": several.a}) as batching:
+        assert batching.classifier is several.a and said(batching.submit(picture(1))) == 10
+
+
+@pytest.mark.parametrize(("field", "value"), [("fingerprint", "x"), ("image_size", 8), ("width", 2), ("margin", 0.1)])
+def test_classifiers_share_an_encoder_or_are_refused(several: Several, field: str, value: Any) -> None:
+    other = FakeClassifier()
+    setattr(other if field == "margin" else other.encoder, field, value)
+    unfitted = Mock(snapshot=Mock(side_effect=NotFittedError("not fitted yet")))
+    for named, collect, message in (
+        ({**several.named, "z": other}, {}, r"'z' with (fingerprint|geometry|width|margin) .*, and others with"),
+        ({**several.named, "z": unfitted}, {}, "classifier 'z': not fitted"),
+        ({}, {}, "expected a classifier"),
+        (several.named, {"d": several.collect}, "expected collect for"),
+    ):
+        with pytest.raises(IosrFastError, match=message):
+            BatchingClassifier(named, collect=collect)
+    # Another one is fitted again on another encoder: the others go on.
+    several.c.encoder, several.c.margin = other.encoder, other.margin
+    assert several.ask(names=("b", "a")) == [20, 10]
+    with pytest.raises(IosrFastError, match="'c' was fitted again on another encoder"):
+        several.ask()
+
+
+@pytest.mark.parametrize("adapted", [(), (1,), (1, 2)])
+def test_all_share_the_encoder_of_the_first_of_adapted_embeddings(adapted: tuple[int, ...]) -> None:
+    made = [FakeClassifier(version=i, adapted=i in adapted) for i in range(3)]
+    with BatchingClassifier({str(i): one for i, one in enumerate(made)}) as batching:  # type: ignore[misc]
+        assert said(batching.submit(picture(1), classifier="2")) == 2
+    assert [len(one.encoder.batches) for one in made] == [int(i == (1 if adapted else 0)) for i in range(3)]
+
+
+# --- failures ---
+
+
+def test_a_bad_image_fails_alone(batching, watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(source: Any, *given: Any, **options: Any) -> Any:
-        data = source if isinstance(source, bytes) else b""
-        if data == b"memory":
-            raise MemoryError("no room for it")
-        if data == b"exit":
-            raise SystemExit(3)
+        if isinstance(source, bytes) and source in raised:
+            raise raised[source]
         return open_image(source, *given, **options)
 
-    open_image = preprocess.open_image
+    raised, open_image = {b"memory": MemoryError("no room for it"), b"exit": SystemExit(3)}, preprocess.open_image
     monkeypatch.setattr(preprocess, "open_image", opened)
     images = [picture(1), b"no image", b"memory", "missing.png", picture(2, 9), b"exit", picture(3).astype(float), 17]
     futures = batching.submit_many(images)
     bad, memory, ended = "BadImageError", "MemoryError", "RuntimeError"
-    assert outcomes(futures) == [1, bad, memory, bad, 2, ended, bad, bad]
+    assert [said(future) for future in futures] == [1, bad, memory, bad, 1, ended, bad, bad]
     assert str(futures[3].exception()) == "can't read image missing.png: no such file"
     assert "image number 1: it is not an image" in str(futures[1].exception())
     assert "got SystemExit" in str(futures[5].exception())
@@ -73,50 +160,36 @@ def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: 
     assert counts == {"ok": 2, "bad_image": 4, "error": 2}
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-@pytest.mark.parametrize(("margin", "expected"), [(0.0, 2), (0.5, 1)])
-def test_parts_have_the_margin_of_the_fit(classifier: FakeClassifier, margin: float, expected: int, isolated) -> None:
-    scene = picture(1, 16)
-    scene[4:12, 4:12] = 2
-    classifier.margin = margin
-    with BatchingClassifier(classifier, isolated=isolated, decode_threads=1) as batching:
-        for source in (encode(scene), Image.fromarray(scene)):
-            inside, outside = (Crop(source, Box(x, 4, 8, 8)) for x in (4, 18))
-            assert outcomes(batching.submit_many([inside, inside, outside])) == [expected, expected, "BadImageError"]
-
-
-def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatch, tmp_path: Path) -> None:
-    limits = DecodeLimits(max_bytes=500, max_pixels=1000)
+def test_limits_are_checked_before_pixels_are_read(classifier: FakeClassifier, monkeypatch, tmp_path: Path) -> None:
     noise = encode(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
     (tmp_path / "a.png").write_bytes(noise)
-    opened: list[Any] = []
-    resize_and_crop = preprocess.resize_and_crop
-    monkeypatch.setattr(preprocess, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
-    with BatchingClassifier(classifier, limits=limits) as batching:
+    with BatchingClassifier(classifier, limits=DecodeLimits(max_bytes=500, max_pixels=1000)) as batching:
         good = [encode(picture(7, 30)), Image.new("L", (30, 30), 7), picture(7, 30)]
-        assert outcomes(batching.submit_many(good)) == [7] * 3 and len(opened) == 3
-        for said, image in {
+        assert [said(future) for future in batching.submit_many(good)] == [1] * 3
+        monkeypatch.setattr(preprocess, "resize_and_crop", None)
+        for message, image in {
             "expected at most 1000 pixels, got 40 x 40": encode(picture(7, 40)),
             "got 32 x 33": np.zeros((33, 32), np.uint8),
             "got 40 x 41": Crop(encode(np.full((41, 40, 3), 7, np.uint8)), Box(0, 0, 9, 9)),
-            r"at most 500 encoded bytes, got \d+": noise,
             r"a.png: expected at most 500 encoded bytes": tmp_path / "a.png",
             r"at most 500 encoded bytes, got \d\d": Crop(noise, Box(0, 0, 9, 9)),
         }.items():
-            with pytest.raises(BadImageError, match=said):
+            with pytest.raises(BadImageError, match=message):
                 batching.submit(image).result(PATIENCE_S)
-    assert len(opened) == 3
 
 
-@pytest.mark.parametrize("guilty", [{3}, {1}, {8}, {2, 7}, {1, 2, 3, 4, 5, 6, 7, 8}])
-def test_only_images_that_fail_alone_get_the_error(
-    batching, classifier: FakeClassifier, guilty: set[int], caplog
-) -> None:
-    classifier.encoder.raises = raising(EngineError, lambda numbers: bool(guilty & set(numbers)))
-    futures = together(batching, classifier, list(range(1, 9)))
-    assert outcomes(futures) == ["EngineError" if i in guilty else i for i in range(1, 9)]
-    assert batching.healthy and batching.last_error is None
+@pytest.mark.parametrize("guilty", [2, 3])
+def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, guilty: int, caplog) -> None:
+    several.a.raises = several.b.raises = fail_on(guilty)
+    found = several.together((1, ALL), (2, ALL), (3, "b"), (4, ("b",)), (5, "c"))
+    assert found[:2] == [[10, 20, 30], [BAD, BAD, 30] if guilty == 2 else [10, 20, 30]]
+    assert found[2:] == [BAD if guilty == 3 else 20, [20], 30]
+    assert several.batching.healthy and not several.batching.failures and several.batching.last_error is None
+    tried = sorted(several.encoder.batches[2:])
+    assert tried == [[BLACK], [1], [2], [3], [4]], "encoded once more: embeddings may be what is wrong"
+    assert [numbers for numbers, *_ in several.c.asked] == [[1, 2, 5]], "the others are scored once"
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+    assert sorted(several.collected) == sorted((20, number) for number in {1, 2, 3, 4} - {guilty})
 
 
 def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
@@ -133,53 +206,82 @@ def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher:
     assert [outcome for outcome, _ in watcher.done].count("error") == 6
 
 
-def test_an_observer_that_raises_affects_no_answer(classifier: FakeClassifier, caplog) -> None:
-    class Broken:
-        def on_batch(self, *_: Any) -> None:
-            raise RuntimeError("full disk")
-
-        def on_done(self, *_: Any) -> None:
-            raise RuntimeError("full disk")
-
-        on_refused = None
-
-    with BatchingClassifier(classifier, observer=Broken(), max_queue=2) as batching:
-        for i in range(3):
-            assert outcomes([batching.submit(picture(i))]) == [i]
-    with pytest.raises(RuntimeError, match="closed"):
-        batching.submit(picture(1))
-    assert "the observer's on_done raised" in caplog.text and "full disk" in caplog.text
+@pytest.mark.parametrize("busy", [False, True])
+def test_failed_heads_are_tried_while_nobody_asks_them(several: Several, monkeypatch, busy: bool) -> None:
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 0.01 if busy else 0.001)
+    several.b.raises = fail_on()
+    assert several.ask() == [10, BAD, 30]
+    count = len(several.b.asked)
+    ask: Callable[[], Any] = (lambda: several.ask(names="a")) if busy else (lambda: 10)
+    wait_until(lambda: ask() == 10 and len(several.b.asked) > count + 3)
+    assert several.batching.failures.keys() == {"b"}
+    several.b.raises = nothing
+    wait_until(lambda: ask() == 10 and not several.batching.failures)
+    several.b.raises = several.a.raises = several.c.raises = fail_on()
+    assert several.ask(names="b") == BAD
+    wait_until(lambda: not several.batching.healthy)  # the others are tried, too
 
 
-def test_the_batch_thread_survives_unexpected_errors(batching, monkeypatch, caplog) -> None:
-    run, left = batching._engine.run, [SystemExit("unexpected")]
-
-    def fails_once(*given: Any) -> Any:
-        if left:
-            raise left.pop()
-        return run(*given)
-
-    monkeypatch.setattr(batching._engine, "run", fails_once)
-    assert outcomes([batching.submit(picture(1))]) == ["RuntimeError"]
-    assert outcomes(batching.submit_many([picture(2), picture(3, 9)])) == [2, 3] and batching.pending == 0
-    assert "a batch could not be run" in caplog.text
+def test_an_encoder_that_fails_fails_for_the_pictures_it_fails_on(several: Several, caplog) -> None:
+    several.encoder.raises = fail_on(2, 7)
+    pictures = [(number, names) for number, names in enumerate((ALL, ALL, "a") * 3)]
+    found = several.together(*pictures[1:])
+    assert found == [BAD if i in (2, 7) else 10 if names == "a" else [10, 20, 30] for i, names in pictures[1:]]
+    assert several.batching.healthy and several.batching.last_error is None
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+    several.encoder.raises = lambda numbers: fail_on()(numbers) if numbers == [2] else None  # when it is tried again
+    several.b.raises = fail_on(2)
+    assert several.together((1, ALL), (2, ALL)) == [[10, 20, 30], [10, BAD, 30]] and several.batching.healthy
 
 
-def test_nothing_is_encoded_by_two_threads_at_once(batching, classifier: FakeClassifier) -> None:
+def test_an_engine_is_down_and_up_again(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 3600.0)
+    several.encoder.raises = several.b.raises = fail_on()
+    assert several.together((1, ALL), (2, "a"), (3, ("b",))) == [BAD] * 3
+    assert several.encoder.batches[1:] == [[1, 2, 3], [BLACK]], "nothing is tried on an engine that is down"
+    assert not several.batching.healthy and str(several.batching.last_error) == "lost"
+    assert several.ask() == BAD and not several.batching.healthy and not several.batching.failures
+    assert several.watcher.done[1:] == [("error", None)] * 4
+    several.encoder.raises = nothing
+    assert several.ask(names=("a", "b")) == [10, BAD] and several.batching.healthy
+    several.encoder.raises = fail_on()
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 0.001)
+    assert several.ask() == BAD and not several.batching.healthy
+    several.encoder.raises = nothing
+    wait_until(lambda: several.batching.healthy)  # without a request
+
+
+def test_neither_observer_nor_engine_ends_a_thread_by_its_errors(
+    classifier: FakeClassifier, monkeypatch, caplog
+) -> None:
+    with BatchingClassifier(classifier, observer=object(), decode_threads=2) as batching:  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(batching._engine, "run", Mock(side_effect=SystemExit("unexpected")))
+            assert said(batching.submit(picture(1))) == "RuntimeError"
+        assert said(batching.submit(picture(2))) == said(batching.submit(picture(3, 9))) == 1 and not batching.pending
+    assert "a batch could not be run" in caplog.text and "the observer's on_done raised" in caplog.text
+
+
+def test_warming_runs_every_size_once_beside_no_batch(batching, classifier: FakeClassifier) -> None:
     with classifier.held(batching, 1) as first:
         warming = threading.Thread(target=batching.warm)
         warming.start()
         warming.join(0.05)
         assert warming.is_alive() and classifier.encoder.batches == [[1]]
     warming.join(PATIENCE_S)
-    assert outcomes([first]) == [1] and sorted(map(len, classifier.encoder.batches)) == [1, 1, 1, 2, 3, 4, 8]
+    assert said(first) == 1
+    assert sorted(map(len, classifier.encoder.batches)) == [1, 1, 1, 2, 3, 4, 8], "one of them to warm scoring"
 
 
-def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) -> None:
-    with BatchingClassifier(classifier, max_batch=6) as batching:
-        batching.warm()
-        assert classifier.encoder.batches == [[0] * n for n in (1, 2, 3, 4, 6, 1)]
-        assert len(classifier.asked) == 1, "scoring is warmed as well"
-    classifier.encoder.raises = raising(EngineError, lambda numbers: True)
-    with BatchingClassifier(classifier) as batching, pytest.raises(EngineError):
-        batching.warm()
+def test_warming_runs_each_head_and_names_those_that_fail(several: Several) -> None:
+    several.encoder.buckets, several.encoder.max_batch = (1, 2, 4), 4
+    several.b.raises = fail_on()
+    several.batching.warm()
+    assert [len(numbers) for numbers, *_ in several.c.asked] == [1, 2, 4] and len(several.b.asked) == 1
+    assert several.batching.healthy and several.batching.failures.keys() == {"b"}
+    several.a.raises = several.c.raises = fail_on()
+    with pytest.raises(FakeError):
+        several.batching.warm()
+    several.a.raises, several.encoder.raises = nothing, fail_on()
+    with pytest.raises(FakeError):
+        several.batching.warm()
