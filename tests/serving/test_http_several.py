@@ -29,19 +29,8 @@ from iosr_fast.serving.http.open_site import named_folders, open_classifiers, op
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.site import Site
 from tests.pictures import GREY
-from tests.serving.http_client import (
-    AUTHORISED,
-    CLASSES,
-    TOKEN,
-    Client,
-    bundle,
-    error_of,
-    form,
-    probe_soon,
-    queries,
-    serving_several,
-    support,
-)
+from tests.serving import http_client
+from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, Client, error_of, form, queries, serving_several
 from tests.serving.http_process import started
 from tests.serving.test_http_schemas import CHECKS, QUICK
 
@@ -53,7 +42,7 @@ SERVED = ["kind", "letter", "rows", "turned"]  # turned: without EXIF orientatio
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of saved classifiers: SERVED, and one that is damaged."""
     folder = tmp_path_factory.mktemp("shelf")
-    images, labels = support()
+    images, labels = http_client.support()
     letters = [label[0] for label in labels]
     letter = Classifier("demo", runtime="onnxruntime", method="tip-adapter")
     letter.fit(images[:12], letters[:12]).save(folder / "letter")
@@ -62,7 +51,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     FewShotHead().fit(rng.standard_normal((20, 16)), ["ant", "bee"] * 10).save(folder / "rows")
     for name in ("kind", "broken"):
-        shutil.copytree(bundle(), folder / name)
+        shutil.copytree(http_client.bundle(), folder / name)
     damaged = folder / "broken" / "support.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     return folder
@@ -105,73 +94,52 @@ def test_answers_for_several_are_those_of_each(several: Client, shelf: Path) -> 
     assert len(several.site.engines) == 3
 
 
-def test_one_that_has_no_answer_has_an_error_in_its_place(several: Client) -> None:
-    answers = ask(several, "rows", "broken", "kind")
-    assert answers.status_code == 200
-    codes = [answer.get("error", {}).get("code") for answer in answers.json()["classifiers"].values()]
-    assert codes == ["unsupported_type", "not_served", None]
-    promised = answers_of(several, "kind", "letter", query={"max_error": 0.2})  # needs 14 support images
-    assert promised["letter"]["error"]["code"] == "no_promise" and "predictions" in promised["kind"]
-    assert error_of(ask(several, "rows"), 415) == "unsupported_type"
-    all_bad = ask(several, "kind", "letter", images=[b"zip"])
-    assert all_bad.status_code == 422 and set(all_bad.json()["classifiers"]) == {"kind", "letter"}
-    for names, status, code in ((["kinds"], 404, "no_classifier"), (["kind", "kind"], 422, "invalid_parameters")):
-        assert error_of(ask(several, *names), status) == code
-    assert "did you mean 'kind'? " in ask(several, "kinds").text
+def test_an_error_has_its_place_and_is_counted_once(several: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def errors() -> int:
+        text = several.site.metrics.text().decode()
+        return sum(int(float(count)) for count in re.findall(r"^iosr_fast_errors_total{.*} (.*)$", text, re.MULTILINE))
+
+    def full(*names: str) -> None:
+        for name in names:
+            refuse = Mock(side_effect=QueueFullError("it is full", 7.0))
+            monkeypatch.setattr(several.site.served[name].batching, "submit_many", refuse)
+
+    for names, query, place in (  # an error of the whole request, or one code each
+        ("rows", {}, (415, "unsupported_type")),
+        ("kinds", {}, (404, "no_classifier")),
+        ("kind kind", {}, (422, "invalid_parameters")),
+        ("rows broken", {}, (415, "unsupported_type")),
+        ("rows broken kind", {}, ["unsupported_type", "not_served", None]),
+        ("kind letter", {"max_error": 0.2}, [None, "no_promise"]),  # which needs 14 support images
+        ("turned kind", {"full": "turned"}, ["queue_full", None]),
+        ("turned kind", {"full": "kind"}, (503, "queue_full")),
+    ):
+        full(*filter(None, [query.pop("full", "")]))
+        before, response = errors(), ask(several, *names.split(), query=query)
+        if isinstance(place, tuple):
+            assert error_of(response, place[0]) == place[1] and errors() - before == 1, names
+            continue
+        answers = response.json()["classifiers"]
+        assert [answer.get("error", {}).get("code") for answer in answers.values()] == place
+        assert response.status_code == 200 and errors() - before == len(place) - 1, names
+    assert response.headers["Retry-After"] == "7" and "did you mean 'kind'? " in ask(several, "kinds").text
+    monkeypatch.undo()
+    before, bad = errors(), ask(several, "kind", "letter", images=[b"zip"])
+    assert bad.status_code == 422 and set(bad.json()["classifiers"]) == {"kind", "letter"} and errors() - before == 2
     assert error_of(several.ask("POST", "/v1/predict", content=GREY), 422) == "invalid_parameters"
 
 
-def test_a_full_queue_is_an_error_in_its_place(several: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Mock(side_effect=QueueFullError("it is full", 7.0))
-    monkeypatch.setattr(several.site.served["turned"].batching, "submit_many", full)
-    answers = ask(several, "turned", "kind").json()["classifiers"]
-    assert answers["turned"]["error"]["code"] == "queue_full" and "predictions" in answers["kind"]
-    monkeypatch.setattr(several.site.served["kind"].batching, "submit_many", full)
-    refused = ask(several, "turned", "kind")
-    assert error_of(refused, 503) == "queue_full" and refused.headers["Retry-After"] == "7"
-
-
-def test_an_error_is_counted_once(several: Client) -> None:
-    def errors() -> int:
-        text = several.site.metrics.text().decode()
-        counts = re.findall(r"^iosr_fast_errors_total{.*} (.*)$", text, re.MULTILINE)
-        return sum(int(float(count)) for count in counts)
-
-    for names, images, more in (
-        (["rows"], [GREY], 1),  # of the whole request
-        (["rows", "broken"], [GREY], 1),
-        (["rows", "broken", "kind"], [GREY], 2),  # each in its place
-        (["kind", "turned"], [GREY, b"zip"], 2),
-        (["kinds"], [GREY], 1),
-    ):
-        before = errors()
-        ask(several, *names, images=images)
-        assert errors() - before == more, names
-
-
-def test_an_allowed_origin_is_named_once(shelf: Path) -> None:
-    with serving_several(shelf / "rows", shelf / "kind", allow_origin=("https://shop.example",)) as client:
-        for path in ("/", "/v1/classifiers", "/v1/classifiers/kind/classes", "/v1/classifiers/no/classes", "/readyz"):
-            answer = client.get(path, headers={"Origin": "https://shop.example"})
-            assert answer.headers.get_list("Access-Control-Allow-Origin") == ["https://shop.example"], path
-
-
-def test_a_path_is_that_of_one_classifier_alone(several: Client) -> None:
+def test_a_path_names_one_classifier(several: Client) -> None:
     for name, total in (("kind", CLASSES), ("rows", 2)):
-        root = f"/v1/classifiers/{name}"
-        assert several.get(f"{root}/classes").json()["total"] == total
-        assert several.get(f"{root}/").headers["Content-Type"].startswith("text/")
+        assert several.get(f"/v1/classifiers/{name}/classes").json()["total"] == total
+        assert several.get(f"/v1/classifiers/{name}/").headers["Content-Type"].startswith("text/")
     rows = several.ask("POST", "/v1/classifiers/rows/predict", json={"embeddings": [[1.0] * 16]})
     assert rows.json()["predictions"][0]["label"] in ("ant", "bee")
     assert several.get("/v1/classifiers/kind/static/page.js").status_code == 200
     assert several.get("/v1/classifiers/kind/openapi.json").json() == several.get("/openapi.json").json()
     assert error_of(several.ask("POST", "/v1/classifiers/kinds/predict", content=GREY), 404) == "no_classifier"
-    for path in (
-        "/v1/classifiers/kind",
-        "/v1/classifiers/kind/v1/classes",
-        "/v1/classifiers/kind/healthz",
-    ):
-        assert error_of(several.get(path), 404) == "not_found"
+    for path in ("", "/v1/classes", "/healthz"):
+        assert error_of(several.get(f"/v1/classifiers/kind{path}"), 404) == "not_found"
     unnamed = several.get("/v1/classes")
     assert error_of(unnamed, 404) == "no_classifier" and "expected /v1/classifiers/NAME/..." in unnamed.text
 
@@ -190,13 +158,11 @@ def test_a_damaged_one_is_refused_alone(several: Client, shelf: Path) -> None:
 
 
 def test_a_pipe_in_the_place_of_a_manifest_is_refused_alone(shelf: Path, tmp_path: Path) -> None:
-    for name in ("kind", "piped"):
-        shutil.copytree(shelf / "kind", tmp_path / name)
     manifest = tmp_path / "piped" / "manifest.json"
-    manifest.unlink()
+    manifest.parent.mkdir()
     os.mkfifo(manifest)
+    site = Site(Settings(), {"kind": shelf / "kind", "piped": manifest.parent})
     with ThreadPoolExecutor(1) as pool:
-        site = Site(Settings(), {name: tmp_path / name for name in ("kind", "piped")})
         opened = pool.submit(open_classifiers, site)
         try:
             assert [[*group] for group in opened.result(60)] == [["kind"]]
@@ -207,17 +173,16 @@ def test_a_pipe_in_the_place_of_a_manifest_is_refused_alone(shelf: Path, tmp_pat
 
 def test_changes_are_of_one_and_replayed_by_name(shelf: Path, tmp_path: Path) -> None:
     made = {"log": tmp_path / "logs", "decode_threads": 2, "token": f"all {TOKEN}\nshop shops-secret-token predict"}
-    shop = {"Authorization": "Bearer shops-secret-token"}
+    shop, path = {"Authorization": "Bearer shops-secret-token"}, "/v1/classifiers/kind/classes"
     made["log"].mkdir()
-    with serving_several(shelf, **made) as client:
+    with serving_several(shelf, **made, allow_origin=("https://shop.example",)) as client:
         before = answers_of(client, "letter", "turned", headers=shop)
-        path = "/v1/classifiers/kind/classes"
-        for headers, status, code in ((shop, 403, "predict_only"), ({}, 401, "unauthorized")):
-            refused = client.ask("POST", path, data={"name": "grey"}, files=form(GREY), headers=headers)
-            assert error_of(refused, status) == code
         assert error_of(ask(client, "kind"), 401) == error_of(client.ask("POST", "/v1/classifiers/kind/predict"), 401)
-        added = client.ask("POST", path, data={"name": "grey"}, files=form(GREY), headers=AUTHORISED)
-        assert added.status_code == 201, added.text
+        for headers, status in ((shop, 403), ({}, 401), (AUTHORISED, 201)):
+            asked = {"data": {"name": "grey"}, "files": form(GREY)}
+            response = client.ask("POST", path, **asked, headers={**headers, "Origin": "https://shop.example"})
+            assert response.status_code == status, response.text
+            assert response.headers.get_list("Access-Control-Allow-Origin") == ["https://shop.example"]
         after = answers_of(client, "kind", "letter", "turned", headers=shop)
         assert after.pop("kind")["predictions"][0]["label"] == "grey" and json.dumps(after) == json.dumps(before)
     assert sorted(path.name for path in made["log"].glob("*.db")) == ["kind.db", "letter.db", "turned.db"]
@@ -245,7 +210,7 @@ def test_metrics_name_classifier_and_engine(several: Client) -> None:
 
 def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = engine.predict
-    probe_soon(monkeypatch)
+    http_client.probe_soon(monkeypatch)
     with serving_several(shelf, decode_threads=2) as client:
         before = answers_of(client, "kind", "letter")
 
@@ -266,7 +231,7 @@ def test_one_that_fails_leaves_the_others_whole(shelf: Path, monkeypatch: pytest
         assert client.get("/v1/classifiers/kind/classes").headers["Connection"] == "close"
 
 
-def test_what_can_not_be_served_together_is_refused_at_once(shelf: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_can_not_be_served_together_is_refused(shelf: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("iosr_fast.serving.http.server._Server.run", Mock(side_effect=AssertionError("it serves")))
     shutil.copytree(shelf / "rows", tmp_path / "kind")
     shutil.copytree(shelf / "rows", tmp_path / "two words")
@@ -306,10 +271,8 @@ def test_a_process_serves_a_folder_of_classifiers(shelf: Path, tmp_path: Path) -
             pass
         assert line["classifier"] == "turned"
         path = "/v1/classifiers/letter/classes"
-        added = process.client.post(path, data={"name": "grey"}, files=form(GREY), headers=AUTHORISED)
-        assert added.status_code == 201
-        line = process.wait_for("change")
-        assert line["classifier"] == "letter" and process.wait_for("request")["path"] == path
+        process.client.post(path, data={"name": "grey"}, files=form(GREY), headers=AUTHORISED)
+        assert process.wait_for("change")["classifier"] == "letter" and process.wait_for("request")["path"] == path
 
 
 def test_openapi_describes_the_front_and_each_classifier(several: Client) -> None:
@@ -318,14 +281,14 @@ def test_openapi_describes_the_front_and_each_classifier(several: Client) -> Non
     paths = schema.raw_schema["paths"]
     assert {"/v1/predict", "/v1/classifiers", "/v1/classifiers/{classifier}/classes/{class_id}"} < set(paths)
 
-    def ask(case: Any) -> None:
+    def check(case: Any) -> None:
         for parameters in (case.path_parameters, case.query):
             if "classifier" in (parameters or {}):
                 parameters["classifier"] = "kind"
         case.validate_response(case.call(), checks=CHECKS)
 
     for operation in [found.ok() for found in schema.get_all_operations()]:
-        QUICK(given(case=operation.as_strategy())(ask))()
-    answer = several.ask("POST", "/v1/predict?classifier=kind&classifier=broken", files=form(GREY))
+        QUICK(given(case=operation.as_strategy())(check))()
+    answer = ask(several, "kind", "broken")
     answer.request.read()
     schema["/v1/predict"]["POST"].validate_response(answer)
