@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -192,18 +193,27 @@ def test_a_head_that_fails_on_one_picture_fails_for_it_alone(several: Several, g
     assert sorted(several.collected) == sorted((20, number) for number in {1, 2, 3, 4} - {guilty})
 
 
-def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
+def test_a_head_that_fails_on_every_picture_fails_alone(several: Several, monkeypatch, caplog) -> None:
     monkeypatch.setattr(Deadlines, "engine_probe_s", 3600.0)
-    classifier.encoder.raises = raising(lambda: EngineError("lost"), lambda numbers: True)
-    futures = together(batching, classifier, [1, 2, 3, 4, 5])
-    assert outcomes(futures) == ["EngineError"] * 5
-    assert not batching.healthy and str(batching.last_error) == "lost"
-    assert classifier.encoder.batches[1:] == [[1, 2, 3, 4, 5], [BLACK]], "nothing is tried on an engine that is down"
-    assert outcomes([batching.submit(picture(6))]) == ["EngineError"] and not batching.healthy
-    classifier.encoder.raises = lambda numbers: None
-    assert outcomes([batching.submit(picture(7))]) == [7]
-    assert batching.healthy and str(batching.last_error) == "lost" and batching.pending == 0
-    assert [outcome for outcome, _ in watcher.done].count("error") == 6
+    several.b.raises = fail_on()
+    found = several.together((1, ALL), (2, "b"), (3, ("b", "c")), (101, "b"))
+    assert found == [[10, BAD, 30], BAD, [BAD, 30], BAD]
+    asked = [numbers for numbers, *_ in several.b.asked if numbers != [BLACK]]
+    assert asked == [[1, 2, 3]] and [1] not in several.encoder.batches, "no picture is tried alone"
+    assert several.batching.healthy and several.batching.failures.keys() == {"b"}
+    assert [outcome for outcome, _ in several.watcher.done] == ["ok", "ok", "error", "ok", "error"]
+    image = picture(1)
+    watched, future = weakref.ref(image), several.batching.submit(image, classifier=ALL)
+    del image
+    assert said(future)[1] == BAD
+    wait_until(lambda: watched() is None)
+    assert several.ask(names=("b", "a")) == [BAD, 10] and caplog.text.count("tried one by one") == 1
+    several.a.raises = several.c.raises = fail_on()
+    assert several.ask() == [BAD] * 3 and several.watcher.done[-1] == ("error", None)
+    assert not several.batching.healthy and isinstance(several.batching.last_error, FakeError)
+    several.a.raises = several.b.raises = nothing
+    assert several.ask(names=("a", "b")) == [10, 20] and several.batching.healthy
+    assert several.batching.failures.keys() == {"c"}, "until it is asked again, or tried"
 
 
 @pytest.mark.parametrize("busy", [False, True])

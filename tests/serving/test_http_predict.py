@@ -317,7 +317,7 @@ def test_a_saved_head_is_served_without_encoder_and_decoders(head_folder: Path) 
     ],
 )
 def test_wrong_embeddings_are_refused(served_head: Client, body: Any, status: int, told: str, monkeypatch) -> None:
-    monkeypatch.setattr("iosr_fast.serving.http.embeddings._QUICK", 1000)  # longer bodies are read in a thread
+    monkeypatch.setattr("iosr_fast.serving.http.row_uploads._QUICK", 1000)  # longer bodies are read in a thread
     content = body if isinstance(body, bytes) else json.dumps({"embeddings": body}).encode()
     answer = served_head.ask("POST", "/v1/predict", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status and told in answer.json()["error"]["message"], answer.text
