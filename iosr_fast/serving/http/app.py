@@ -63,10 +63,10 @@ def create_app(site: Site) -> FastAPI:
     pages = static.make_router()
     pages.get("/openapi.json")(openapi)
     named: Any = {"prefix": "/v1/classifiers/{classifier}", "dependencies": [Depends(_named)]}
+    app.include_router(health.make_router(site))  # first, as these are the cheapest requests
+    app.include_router(pages)
     app.include_router(routes, prefix="/v1", include_in_schema=site.alone)
     app.include_router(routes, include_in_schema=not site.alone, **named)
-    app.include_router(health.make_router(site))
-    app.include_router(pages)
     app.include_router(pages, **named)
     return app
 
