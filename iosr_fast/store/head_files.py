@@ -275,11 +275,11 @@ def _reducer(arrays: Mapping[str, Any]) -> Reducer | None:
 
 def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
     """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which counted other images
-    together, it has no temperature: what left-out images say is computed again."""
+    together, it has no temperature: what left-out images say is computed again. So it is of several labels."""
     sizes = {"N": len(head.examples), "last image": len(head.examples) - 1, "C": len(head.uids)}
     arrays = read_arrays(LEFT_OUT, read, sizes)
     with naming(LEFT_OUT):
-        if not are_complete(arrays, _FOLDS) or "temperature" not in arrays:
+        if head.is_multi_label or not are_complete(arrays, _FOLDS) or "temperature" not in arrays:
             return {}
         parts = parts_of(LEFT_OUT, arrays)
         scored = arrays["scored"].astype(bool)

@@ -112,64 +112,45 @@ def test_classes_change_while_it_serves() -> None:
 def test_wrong_changes_are_refused_and_change_nothing(shared: Client) -> None:
     name = str(shared.served.classifier.classes_[0])
     alike = name.replace("a", "\u0430").replace("e", "\u0435").replace("o", "\u043e")  # letters of Cyrillic
-    good, no_text = form(GREY), {"files": [("name", (None, b"\xff"))]}
-    no_images = {"content": b"--x--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
-    deep, long, first = ["a"] * 101, ["x" * 2_000], "/classes/~0"
-    for method, path, options, status, code in (
-        ("POST", "/classes", {"data": {"name": name}, "files": good}, 409, "name_taken"),
-        ("PATCH", "/classes/~1", {"files": fields(name=name)}, 409, "name_taken"),
-        ("PATCH", "/classes/~1", {"files": fields(name=name.upper())}, 422, "refused"),
+    good, new, first, x = form(GREY), "/classes", "/classes/~0", {"name": "x"}
+    parents = ["a", ""], ["", ""], ["a", name], ["a"] * 101, ["x" * 2_000]
+    texts = " ", "long " * 20, "a\0b", "a\x1b[31m", "a" + " " * 2000
+    for method, path, files, status, code in (
+        ("POST", new, fields(name=name) + good, 409, "name_taken"),
+        ("PATCH", "/classes/~1", fields(name=name), 409, "name_taken"),
+        ("PATCH", "/classes/~1", fields(name=name.upper()), 422, "refused"),
+        *(("POST", new, fields(name=bad) + good, 422, "bad_name") for bad in (" ", "a\u202eb", "~3")),
+        *(("POST", new, fields(name=bad) + good, 422, "refused") for bad in (alike, name.upper())),
+        *(("POST", new, fields(**x, description=text) + good, 422, "refused") for text in texts),
+        *(("POST", new, fields(**x, parent=bad) + good, 422, "refused") for bad in ("no node", name)),
+        ("POST", new, good, 400, "missing_field"),
+        ("POST", new, fields(**x), 422, "refused"),  # no images
+        ("POST", new, fields(**x) + form(GREY, b"GIF89a"), 422, "unsupported_type"),
+        ("POST", f"{first}/examples", form(GREY, GREY[:80]), 422, "bad_image"),
+        ("POST", f"{first}/examples", None, 415, "unsupported_type"),
+        ("POST", "/classes/nobody/examples", good, 404, "no_class"),
+        *(("PATCH", "/classes/nobody", files, 404, "no_class") for files in (fields(**x), fields(parent="a"))),
+        ("DELETE", f"/classes/{name}", None, 404, "no_class"),  # a name is no id
+        ("DELETE", "/examples/e9999", None, 404, "no_example"),
+        *(("PATCH", first, fields(parent=bad), 422, "refused") for bad in parents),
+        ("PATCH", first, fields(**x, description="a\0b"), 422, "refused"),
+        ("PATCH", first, fields(**x, keep_text="1"), 422, "invalid_parameters"),
+        ("PATCH", first, fields(description="x"), 422, "invalid_parameters"),
         *(
-            ("POST", "/classes", {"data": {"name": bad}, "files": good}, 422, "bad_name")
-            for bad in (" ", "a\u202eb", "~3")
+            ("PATCH", first, fields(parent="a", **{more: "true"}), 422, "invalid_parameters")
+            for more in ("name", "keep_text", "description")
         ),
-        *(
-            ("POST", "/classes", {"data": {"name": "new", **bad}, "files": good}, 422, "refused")
-            for bad in (
-                *({"name": bad} for bad in (alike, name.upper())),
-                *({"parent": bad} for bad in ("green", name)),  # no node; the name of a class
-                *({"description": bad} for bad in (" ", "long " * 20, "a\0b", "a\x1b[31m", "a" + " " * 2000)),
-            )
-        ),
-        ("POST", "/classes", {"files": good}, 400, "missing_field"),
-        ("POST", "/classes", {"files": {"name": ("", b"new")}}, 422, "refused"),  # no images
-        ("POST", "/classes", {"data": {"name": ["new", "newer"]}, "files": good}, 400, "unexpected_field"),
-        ("POST", "/classes", {"content": GREY}, 415, "unsupported_type"),
-        ("POST", "/classes", {"data": {"name": "new"}, "files": form(GREY, b"GIF89a")}, 422, "unsupported_type"),
-        ("POST", f"{first}/examples", {"files": form(GREY, GREY[:80])}, 422, "bad_image"),
-        ("POST", f"{first}/examples", no_images, 400, "no_image"),
-        ("POST", "/classes/nobody/examples", {"files": good}, 404, "no_class"),
-        ("PATCH", "/classes/nobody", {"files": fields(name="x")}, 404, "no_class"),
-        ("PATCH", "/classes/nobody", {"files": fields(parent="a")}, 404, "no_class"),
-        ("DELETE", f"/classes/{name}", {}, 404, "no_class"),  # a name is no id
-        ("DELETE", "/examples/e9999", {}, 404, "no_example"),
-        *(
-            ("PATCH", first, {"files": fields(parent=bad)}, 422, "refused")
-            for bad in (deep, long, ["a", ""], ["a", name])
-        ),
-        ("PATCH", first, {"files": fields(name="x", description="a\0b")}, 422, "refused"),
-        *(
-            ("PATCH", first, {"files": fields(**texts)}, 422, "invalid_parameters")
-            for texts in (
-                {"name": "x", "keep_text": "1"},
-                {"description": "x"},
-                *({"parent": "a", **more} for more in ({"name": "x"}, {"keep_text": "true"}, {"description": "x"})),
-            )
-        ),
-        ("PATCH", first, {"files": fields(name="x", more="1")}, 400, "unexpected_field"),
-        ("PATCH", first, {"data": {"name": "x"}, "files": good}, 400, "unexpected_field"),
-        ("PATCH", first, {"json": {"name": "x"}}, 415, "unsupported_type"),
-        ("PATCH", first, no_text, 400, "bad_form"),
+        ("PATCH", first, fields(**x, more="1"), 400, "unexpected_field"),
+        ("PATCH", first, fields(**x) + good, 400, "unexpected_field"),
     ):
-        response = change(shared, method, path, **options)
-        assert error_of(response, status) == code, (method, path, options)
-        if "files" in options and code in ("unsupported_type", "bad_image"):
-            assert "number 1" in response.json()["error"]["message"]
+        response = change(shared, method, path, files=files)
+        assert error_of(response, status) == code, (method, path, files)
+        assert code not in ("bad_image", "unsupported_type") or not files or "number 1" in response.text
     assert shared.served.classifier.version == 1
 
 
 @pytest.mark.parametrize(
-    "digits", ["٣", "３", "03", "+3", "3 ", "3\n", "3\0", "-3", "3.0", "1_0", "³", "0x3", "9" * 19, "", "e3"]
+    "digits", ["٣", "03", "+3", "-3", "3.0", "1_0", "³", "0x3", "9" * 19, "3 ", "3\n", "3\0", "", "e3"]
 )
 def test_another_form_of_a_number_is_no_id(shared: Client, digits: str) -> None:
     """int() takes digits of every script, signs, spaces and underscores: each would name a class or picture twice."""
@@ -178,11 +159,9 @@ def test_another_form_of_a_number_is_no_id(shared: Client, digits: str) -> None:
         ("DELETE", f"/examples/{example_id}"),
         ("GET", f"/examples/{example_id}/picture"),
         ("DELETE", f"/classes/{class_id}"),
-        ("POST", f"/classes/{class_id}/examples"),
         ("GET", f"/classes/{class_id}/examples"),
     ):
-        response = change(shared, method, path, **({"files": form(GREY)} if method == "POST" else {}))
-        assert error_of(response, 404) in ("no_class", "no_example"), (method, path)
+        assert error_of(change(shared, method, path), 404) in ("no_class", "no_example"), (method, path)
     for path in (f"/v1/classes?after={class_id}", f"/v1/classes/~0/examples?after={example_id}"):
         assert error_of(shared.get(path), 422) == "invalid_parameters"
     assert shared.served.classifier.version == 1

@@ -58,11 +58,12 @@ def test_everything_is_described(served: Client) -> None:
         assert not any("default" in one for one in keep), "clients send defaults, and it is refused without unknown"
     body = described["paths"]["/v1/predict"]["post"]["requestBody"]["content"]
     assert {"multipart/form-data", "application/octet-stream", "image/png"} <= set(body)
+    assert {"level", "path"} <= described["components"]["schemas"]["Prediction"]["properties"].keys()
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("real_ids", [True, False], ids=["real ids", "any ids"])
-def test_generated_requests_get_described_responses(served: Client, schema: Any, mode: Any, real_ids: bool) -> None:
+def test_generated_requests_get_described_answers(served: Client, schema: Any, mode: Any, real_ids: bool) -> None:
     classes = served.served.classifier.classes()
     ids = {"class_id": classes[-1].class_id, "example_id": served.served.classifier.examples(classes[0].name)[0]}
 

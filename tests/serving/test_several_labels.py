@@ -11,25 +11,13 @@ import numpy as np
 import pytest
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.links import Sigmoid
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.collector import Collector
 from iosr_fast.serving.limits import Deadlines
 from tests.pictures import GREY
-from tests.serving.http_client import (
-    AUTHORISED,
-    Client,
-    error_of,
-    fields,
-    form,
-    load,
-    queries,
-    serving,
-    serving_several,
-    several_bundle,
-    tagged,
-)
+from tests.serving import http_client
+from tests.serving.http_client import AUTHORISED, Client, error_of, fields, form, load, queries, serving, tagged
 from tests.serving.test_collector import save_labels, table
 
 MAX_ERROR = 0.5
@@ -38,7 +26,7 @@ PICTURES = tagged()[2]
 
 def several() -> Classifier:
     """A new classifier, which the test may change."""
-    return Classifier.load(several_bundle(), verify=False)
+    return Classifier.load(http_client.several_bundle(), verify=False)
 
 
 def ids(classifier: Classifier, *names: str) -> list[str]:
@@ -83,24 +71,26 @@ def test_answers_are_those_of_the_library() -> None:
         assert recent.accepted_share == pytest.approx(np.mean(accepted))
 
 
-def test_facts_say_that_there_are_several_and_those_of_one_label_stay() -> None:
+def test_facts_say_that_there_are_several(tmp_path: Path) -> None:
     classifier = several()
     with serving(classifier) as client:
-        facts = client.get("/v1/classifier").json()
+        facts, known = client.get("/v1/classifier").json(), classifier.calibration()
         assert facts["several_labels"] is True and facts["examples"] == len(tagged()[0])
         assert not facts["unknown"]["promised"] and "none of the classes" in facts["unknown"]["sentence"]
-        known = classifier.calibration()
         assert facts["measured"]["accuracy"] == pytest.approx(known.accuracy)
-        assert error_of(client.predict(PICTURES[0], query="?unknown=reject"), 422) == "no_promise"
-        refused = client.predict(PICTURES[0], query="?unknown=reject").json()["error"]["message"]
-        assert refused.endswith("fitted with several: a picture of none of the classes gets no label")
-    with BatchingClassifier(classifier) as batching, pytest.raises(IosrFastError, match="gets no label"):
-        batching.submit(PICTURES[0], keep=0.9)
+        refused = client.predict(PICTURES[0], query="?unknown=reject")
+        assert error_of(refused, 422) == "no_promise" and "none of the classes gets no label" in refused.text
     with serving() as client:
         assert "several_labels" not in client.get("/v1/classifier").json()
-        names = ["label", "class_id", "probability", "logit", "zero_shot", "cache", "adapter"]
-        names += ["top", "nearest", "version", "unknown", "accepted", "level", "path"]
-        assert [*client.predict(queries()[0], query="?max_error=0.5").json()["predictions"][0]] == names
+    for name, made in (("one", load()), ("tags", classifier)):  # whose left-out images were asked before
+        made.save(tmp_path / name)
+    with http_client.serving_several(tmp_path, max_error=MAX_ERROR) as client:
+        query = "?classifier=one&classifier=tags"
+        answers = client.predict(PICTURES[0], query=query).json()["classifiers"]
+        accepted = [answers[name]["predictions"][0]["accepted"] for name in ("one", "tags")]
+        assert [type(each) for each in accepted] == [bool, list]
+        answers = client.predict(PICTURES[0], query=f"{query}&unknown=reject&keep=0.5").json()["classifiers"]
+        assert answers["one"]["predictions"] and answers["tags"]["error"]["code"] == "no_promise"
 
 
 def test_examples_are_listed_added_and_relabelled() -> None:
@@ -129,56 +119,40 @@ def test_examples_are_listed_added_and_relabelled() -> None:
         assert error_of(again, 422) == "refused" and "(relabel)" in again.json()["error"]["message"]
         (none,) = ask(client, "POST", "/v1/examples", [""], PICTURES[-1]).json()["example_ids"]
         assert labels_of(none) == []
-        changed = ask(client, "PATCH", f"/v1/examples/{first}", [green]).json()
-        assert changed["class_id"] == green and labels_of(first) == [green]
-        assert ask(client, "PATCH", f"/v1/examples/{first}", [""]).status_code == 200 and labels_of(first) == []
+        for given in ([green], []):
+            changed = ask(client, "PATCH", f"/v1/examples/{first}", given or [""]).json()
+            assert changed["class_id"] == "".join(given) and labels_of(first) == given
         total = client.get("/v1/examples").json()["total"]
-        removed = client.ask("DELETE", f"/v1/classes/{heart}", headers=AUTHORISED)
-        assert removed.status_code == 200 and client.get("/v1/examples").json()["total"] == total
-        assert labels_of(second) == [green]
+        assert client.ask("DELETE", f"/v1/classes/{heart}", headers=AUTHORISED).status_code == 200
+        assert client.get("/v1/examples").json()["total"] == total and labels_of(second) == [green]
 
         version = classifier.version
-        for class_ids, status, code in (
-            ([], 422, "invalid_parameters"),
-            ([green, ""], 404, "no_class"),
-            (["~99"], 404, "no_class"),
-            (["green"], 404, "no_class"),
+        for method, path, class_ids, images, status, code in (
+            ("POST", "", [], [GREY], 422, "invalid_parameters"),
+            *(("POST", "", wrong, [GREY], 404, "no_class") for wrong in ([green, ""], ["~99"], ["green"])),
+            ("POST", "", [green], [], 400, "no_image"),
+            ("PATCH", "/e999", [green], [], 404, "no_example"),
+            ("PATCH", f"/{first}", [green], [GREY], 400, "unexpected_field"),
+            ("GET", "?class_id=~99", [], [], 404, "no_class"),
         ):
-            files = fields(class_id=class_ids) + form(PICTURES[3])
-            refused = client.ask("POST", "/v1/examples", files=files, headers=AUTHORISED)
-            assert error_of(refused, status) == code
-        assert error_of(ask(client, "POST", "/v1/examples", [green]), 400) == "no_image"
-        assert error_of(ask(client, "PATCH", "/v1/examples/e999", [green]), 404) == "no_example"
-        assert error_of(ask(client, "PATCH", f"/v1/examples/{first}", [green], PICTURES[0]), 400) == "unexpected_field"
-        assert error_of(client.get("/v1/examples?class_id=~99"), 404) == "no_class" and classifier.version == version
+            assert error_of(ask(client, method, f"/v1/examples{path}", class_ids, *images), status) == code
+        assert classifier.version == version
 
 
 def test_an_example_of_one_label_gets_another_one() -> None:
     with serving() as client:
         classifier = client.served.classifier
         moved, *_ = classifier.examples("~0")
-        assert client.get("/v1/examples?class_id=").json()["total"] == 0
         changed = ask(client, "PATCH", f"/v1/examples/{moved}", ["~1"])
         assert changed.json() == {"version": 2, "class_id": "~1", "example_ids": [moved]}
         assert moved in classifier.examples("~1") and moved not in classifier.examples("~0")
         listed = client.get("/v1/examples?class_id=~1").json()["examples"]
         assert {"example_id": moved, "class_ids": ["~1"]} in listed
+        assert client.get("/v1/examples?class_id=").json()["total"] == 0
         assert ask(client, "POST", "/v1/examples", ["~1"], queries()[0]).json()["class_id"] == "~1"
         for class_ids in ([""], ["~0", "~1"]):
             refused = ask(client, "PATCH", f"/v1/examples/{moved}", class_ids)
             assert error_of(refused, 422) == "invalid_parameters" and "one label a picture" in refused.text
-
-
-def test_one_server_has_classifiers_of_both_kinds(tmp_path: Path) -> None:
-    for name, made in (("one", load()), ("tags", several())):
-        made.save(tmp_path / name)
-    with serving_several(tmp_path, max_error=MAX_ERROR) as client:
-        query = "?classifier=one&classifier=tags"
-        answers = client.predict(PICTURES[0], query=query).json()["classifiers"]
-        assert isinstance(answers["one"]["predictions"][0]["accepted"], bool)
-        assert isinstance(answers["tags"]["predictions"][0]["accepted"], list)
-        answers = client.predict(PICTURES[0], query=f"{query}&unknown=reject&keep=0.5").json()["classifiers"]
-        assert answers["one"]["predictions"] and answers["tags"]["error"]["code"] == "no_promise"
 
 
 # --- what is kept ---
