@@ -274,8 +274,8 @@ def _reducer(arrays: Mapping[str, Any]) -> Reducer | None:
 
 
 def _evidence(head: Head, read: Callable[[str], bytes | None]) -> Mapping[str, Any]:
-    """The cached properties of a Head that the file LEFT_OUT has. Of older versions, which counted other images
-    together, it has no temperature: what left-out images say is computed again. So it is of several labels."""
+    """The cached properties of a Head that the file LEFT_OUT has. None of several labels, and of older versions, which
+    counted other images together and wrote no temperature: what left-out images say is computed again."""
     sizes = {"N": len(head.examples), "last image": len(head.examples) - 1, "C": len(head.uids)}
     arrays = read_arrays(LEFT_OUT, read, sizes)
     with naming(LEFT_OUT):
