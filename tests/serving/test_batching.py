@@ -179,9 +179,9 @@ def test_an_image_that_is_late_is_not_encoded(make, classifier: FakeClassifier, 
     batching = make(max_batch=2, decode_threads=1)
     with classifier.held(batching):
         late = [batching.submit(picture(i), deadline_s=1.0) for i in (1, 2)]
-        slow = Gated(3)
+        slow, never = Gated(3), Gated(6)
         in_time = [batching.submit(picture(4), deadline_s=5.0), batching.submit(slow)]
-        late.append(batching.submit(picture(6, 9), deadline_s=1.0))  # waits for the only decoder
+        late.append(batching.submit(never, deadline_s=1.0))  # waits for the only decoder
         assert slow.begun.wait(PATIENCE_S)
         clock.now += 2.0
         slow.gate.set()
@@ -189,7 +189,7 @@ def test_an_image_that_is_late_is_not_encoded(make, classifier: FakeClassifier, 
         with pytest.raises(DeadlineExceededError, match="deadline of 1 s passed 1 s before"):
             future.result(PATIENCE_S)
     assert labels(in_time) == [4, 3] and sorted(sum(classifier.encoder.batches, [])) == [0, 3, 4]  # noqa: RUF017
-    assert [outcome for outcome, _ in watcher.done].count("deadline") == 3
+    assert [outcome for outcome, _ in watcher.done].count("deadline") == 3 and not never.begun.is_set()
 
 
 def test_a_cancelled_image_frees_its_place(make, classifier: FakeClassifier, watcher: Watcher) -> None:
