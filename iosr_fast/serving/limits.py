@@ -29,6 +29,7 @@ class Deadlines:
     # A connection waits for its client.
     head_s: ClassVar[float] = 10.0  # from the first byte of a head to its last
     keep_alive_s: ClassVar[float] = 65.0  # for the next request
+    half_closed_s: ClassVar[float] = 1.0  # for a client that has closed its side, and may be gone, until its answer
     linger_s: ClassVar[float] = 5.0  # for what is still sent after the answer; closed at once, clients might miss it
     accept_pause_s: ClassVar[float] = 0.1  # after an error, as where no more files may be open
     # A request.

@@ -16,7 +16,7 @@ import pytest
 from iosr_fast.serving.http.addresses import client_of
 from iosr_fast.serving.http.listener import Newcomer
 from iosr_fast.serving.http.turns import Peers
-from iosr_fast.serving.limits import Limits
+from iosr_fast.serving.limits import Deadlines, Limits
 from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 from tests.waiting import wait_until
 
@@ -148,10 +148,15 @@ def test_the_application_hears_of_a_client_that_resets_its_connection(shared: Si
             wait_until(lambda: shared.seen)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wait_until(lambda: shared.gone == before + 2)
+    with pytest.MonkeyPatch.context() as patch, shared.connect() as connection:
+        patch.setattr(Deadlines, "half_closed_s", 0.05)
+        connection.sendall(SLOW)
+        connection.shutdown(socket.SHUT_WR)  # as a client does that waits no longer
+        wait_until(lambda: shared.gone == before + 3)
     with shared.connect() as connection:
         connection.sendall(posted + GET)
         assert [one["path"] for _, one in read_answers(connection, 2)] == ["/slow", "/"]
-    assert shared.gone == before + 2
+    assert shared.gone == before + 3
 
 
 def test_pipelined_requests_are_answered_in_order_up_to_a_bound(shared: Site) -> None:

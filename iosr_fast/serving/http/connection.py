@@ -23,13 +23,14 @@ class Connection(HttpToolsProtocol):
 
     Each head is checked by check_head and then parsed by llhttp, which sees nothing but this head: so it never
     upgrades, and the next request begins where Body says. During a request at most `Limits.head` bytes of further ones
-    are kept; with more the connection is closed. The connection waits for its client in four states. Each has a timeout
+    are kept; with more the connection is closed. The connection waits for its client in five states. Each has a timeout
     (Deadlines) that no received byte extends:
 
     - for a head: `head_s` for the first one, `keep_alive_s` until a later one begins, and then `head_s` from its first
       byte (408),
     - for a body: `body_timeout_s` (middleware.BoundedBody, 408),
     - until the client reads its answer: `body_timeout_s`,
+    - after the client has closed its side, until the answer begins: `half_closed_s`,
     - for the rest of a body that is already answered, or the client's close: `linger_s` and `max_body_bytes`.
 
     One that is `surplus` (Listener) gets 503. All connections of a server share `peers`.
@@ -78,10 +79,13 @@ class Connection(HttpToolsProtocol):
         self._bound_buffer()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client closed its side. Close after the answer to a complete request, else now; `begin` asks again."""
+        """The client closed its side. Close after the answer to a complete request, if it comes soon, else now; `begin`
+        asks again."""
         self._half_closed = True
         if self._has_request and not (self.finished or self.cycle.response_complete):
             self.cycle.keep_alive = False
+            if not self.cycle.response_started:
+                self._wait(Deadlines.half_closed_s)
         elif not self._head:
             self._wait(Deadlines.linger_s)  # for the client to read what is written
             self._socket.close()
