@@ -261,13 +261,15 @@ def test_closing_waits_no_longer_than_it_is_told(tmp_path: Path, monkeypatch: py
     with open_site({"": http_client.bundle()}, settings) as site:
         client = Client(site)
         monkeypatch.setattr(Store, "_ready", lambda self, head, before: go_on.wait(20) and head)
-        changes = [client.start("DELETE", f"/v1/classes/~{number}", headers=AUTHORISED) for number in range(2)]
-        wait_until(lambda: client.served.classifier._store.lock.locked() and len(client.served.unfinished) == 2)
+        running = client.start("DELETE", "/v1/classes/~0", headers=AUTHORISED)
+        wait_until(client.served.classifier._store.lock.locked)
+        waiting = client.start("DELETE", "/v1/classes/~1", headers=AUTHORISED)
+        wait_until(lambda: len(client.served.unfinished) == 2)
     assert client.served.unfinished and "change_abandoned" in caplog.text, "it still runs, and has the log"
     go_on.set()
-    assert changes[0].result(20).status_code == 200 and client.served.close(20) and not client.served.unfinished
+    assert running.result(20).status_code == 200 and client.served.close(20) and not client.served.unfinished
     with pytest.raises(CancelledError):
-        changes[1].result(20)
+        waiting.result(20)
     client.close()
 
 

@@ -161,6 +161,7 @@ def test_changes_are_of_one_and_replayed_by_name(shelf: Path, tmp_path: Path) ->
     with serving_several(shelf, **made, allow_origin=("https://shop.example",)) as client:
         before = answers_of(client, "letter", "turned", headers=shop)
         assert error_of(ask(client, "kind"), 401) == error_of(client.ask("POST", "/v1/classifiers/kind/predict"), 401)
+        assert client.ask("POST", "/v1/classifiers/kind/predict", content=GREY, headers=shop).status_code == 200
         for headers, status in ((shop, 403), ({}, 401), (AUTHORISED, 201)):
             asked = {"data": {"name": "grey"}, "files": form(GREY)}
             response = client.ask("POST", path, **asked, headers={**headers, "Origin": "https://shop.example"})
