@@ -18,6 +18,7 @@ from iosr_fast.exceptions import BadImageError, IosrFastError, NotFittedError
 from iosr_fast.images import preprocess
 from iosr_fast.images.crop import Box, Crop
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.serving.batching.classifiers import EncoderAlone
 from iosr_fast.serving.limits import Deadlines
 from tests.pictures import encode
 from tests.serving.batching_fakes import (
@@ -242,6 +243,22 @@ def test_an_encoder_that_fails_fails_for_the_pictures_it_fails_on(several: Sever
     several.encoder.raises = lambda numbers: fail_on()(numbers) if numbers == [2] else None  # when it is tried again
     several.b.raises = fail_on(2)
     assert several.together((1, ALL), (2, ALL)) == [[10, 20, 30], [10, BAD, 30]] and several.batching.healthy
+
+
+def test_an_encoder_alone_is_up_again_while_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deadlines, "engine_probe_s", 0.001)
+    encoder = FakeEncoder()
+    with BatchingClassifier(EncoderAlone(encoder), decode_threads=1) as batching:
+        batching.warm()
+        encoder.raises = fail_on(2)
+        futures = batching.submit_many([picture(number) for number in (1, 2, 3)], classifier=())
+        assert isinstance(futures[1].exception(PATIENCE_S), FakeError) and batching.healthy
+        assert [futures[i].result(PATIENCE_S).plain.tolist() for i in (0, 2)] == [[[1.0]], [[3.0]]]
+        encoder.raises = fail_on()
+        assert isinstance(batching.submit(picture(1), classifier=()).exception(PATIENCE_S), FakeError)
+        assert not batching.healthy
+        encoder.raises = nothing
+        wait_until(lambda: batching.healthy)
 
 
 def test_an_engine_is_down_and_up_again(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:

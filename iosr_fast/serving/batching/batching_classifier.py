@@ -232,7 +232,7 @@ class BatchingClassifier:
     @property
     def classifier(self) -> Classifier:
         """The only classifier. Raises IosrFastError where there are several."""
-        if len(self.classifiers) > 1:
+        if len(self.classifiers) != 1:
             raise IosrFastError(f"expected a BatchingClassifier of one classifier, got {len(self.classifiers)}")
         return next(iter(self.classifiers.values()))
 

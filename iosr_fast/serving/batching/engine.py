@@ -102,7 +102,7 @@ class Engine:
         run = Run()
         if self._encode_black(run) is None:
             errors = {name: self._score_black(run, name) for name in self._classifiers.named}
-            if self.healthy or not all(errors.values()):
+            if self.healthy or not errors or not all(errors.values()):
                 self._judge(None, errors)
 
     def _judge(self, down: Exception | None, heads: Mapping[str, Exception | None]) -> None:
