@@ -134,9 +134,9 @@ def main(
         command = [str(program), *OPTIONS.split(), "--model-id", str(folder / "clip"), "--served-model-name", "clip"]
         server = stack.enter_context(ServerProcess(command, "/health", OFFLINE))
         asked = queries.bodies, np.asarray(plain)
-        servers[INFINITY] = server, infinity_queries(*asked, "clip", "/embeddings")
         embedding = stack.enter_context(ServerProcess.of_bundle(folder / "engine-fp32"))
         servers["iosr_fast, fp32, embeddings"] = embedding, infinity_queries(*asked, MODEL, "/v1/embeddings")
+        servers[INFINITY] = server, infinity_queries(*asked, "clip", "/embeddings")  # the last one is the rival
         contenders = [Contender(name) for name in servers]
 
         async def measure() -> None:
