@@ -53,8 +53,9 @@ class _Asked(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def make_router(site: Site) -> APIRouter:
-    """The route /embeddings."""
-    router = APIRouter(tags=["embeddings"])
+    """The route /embeddings, which heads without an encoder refuse."""
+    makes = not isinstance(site.described.uploads, RowUploads)
+    router = APIRouter(tags=["embeddings"], include_in_schema=makes)
 
     @router.post(
         "/embeddings",
