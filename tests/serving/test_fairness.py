@@ -315,7 +315,7 @@ class Connection:
 
 @pytest.mark.parametrize(("flooding", "beside"), [(1, 1), (1, 10), (3, 1), (1, 0)])
 def test_clients_leave_the_loop_to_those_whose_requests_run(flooding: int, beside: int, monkeypatch) -> None:
-    """By upper bounds alone, which a busy machine keeps, too; one that is alone waits for nobody."""
+    """Only upper bounds are checked, so a busy machine passes. A lone client never waits."""
     schedule, waits = Peers._schedule, list[float]()
     monkeypatch.setattr(Peers, "_schedule", lambda *given: waits.append(given[-1]) or schedule(*given))
 

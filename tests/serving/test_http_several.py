@@ -273,3 +273,18 @@ def test_openapi_describes_the_front_and_each_classifier(several: Client) -> Non
     answer = ask(several, "kind", "broken")
     answer.request.read()
     schema["/v1/predict"]["POST"].validate_response(answer)
+
+
+def test_a_server_of_one_answers_by_its_name_too(shelf: Path) -> None:
+    with serving_several(shelf / "kind") as client:
+        assert [one["name"] for one in client.get("/v1/classifiers").json()["classifiers"]] == ["kind"]
+        assert client.get("/v1/classifiers/kind/classes").json() == client.get("/v1/classes").json()
+        answers = [
+            client.ask("POST", f"{path}/predict", content=GREY).json()["predictions"]
+            for path in ("/v1", "/v1/classifiers/kind")
+        ]
+        assert answers[0] == answers[1]
+        refused = client.ask("POST", "/v1/classifiers/kind/retune", headers={"Authorization": f"Bearer {TOKEN}x"})
+        assert error_of(refused, 401) == "unauthorized"
+        for name in ("kin", "kinds", "letter"):
+            assert error_of(client.get(f"/v1/classifiers/{name}/classes"), 404) == "no_classifier"

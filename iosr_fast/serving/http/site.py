@@ -149,7 +149,7 @@ class ServedEncoder:
 
     @property
     def sentence(self) -> str:
-        """What is told in the place of a page; "" if there is one."""
+        """The text that / answers where there is no page; "" where there is one."""
         return "POST images as data URLs to /v1/embeddings; /openapi.json describes it."
 
     @property
