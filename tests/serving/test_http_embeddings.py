@@ -110,6 +110,12 @@ def test_what_can_not_be_embedded_is_refused(engine: Client, body: dict[str, Any
     assert error_of(embed(engine, **body), status) == code
 
 
+def test_an_encoder_without_an_adapter_has_no_adapted_embeddings(engine: Client, monkeypatch) -> None:
+    monkeypatch.setattr(engine.site.served[""].batching.encoder, "adapted", False)
+    assert error_of(embed(engine, input=url(GREY), embedding="adapted"), 422) == "no_adapted"
+    assert rows_of(embed(engine, input=url(GREY))).shape == (1, 128)
+
+
 def test_an_engine_alone_has_no_classes(engine: Client) -> None:
     assert error_of(engine.ask("POST", "/v1/predict", content=GREY, headers=HEADERS), 404) == "not_found"
     assert engine.get("/readyz").json()["status"] == engine.get("/healthz").json()["status"] == "ok"
