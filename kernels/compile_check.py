@@ -1,8 +1,8 @@
-"""Compile the kernel without a GPU: its registers, shared memory, spills and tensor-core instructions.
+"""Compile the kernels without a GPU: its registers, shared memory, spills and tensor-core instructions.
 
     python -m iosr_fast.kernels.compile_check --json table.json
 
-compiles it as it is launched and prints a table. Needs Triton and no GPU.
+compiles them as they are launched and prints a table. Needs Triton and no GPU.
 """
 
 from __future__ import annotations
@@ -27,19 +27,15 @@ from iosr_fast.utils.require import require
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WIDTH = 512
-# Queries, keys and classes of a launch, and the type of values.
+# Queries, keys and classes of a launch; 0 classes: affinities of keys with values.
 KERNELS = {
-    "classes/few": (16, 1600, 100, ""),
-    "classes/many": (1024, 16_000, 1000, ""),
-    "classes/one key each": (1024, 8192, 8192, ""),
-    "values/few": (16, 1600, 100, "fp32"),
-    "values/some": (64, 8192, 1000, "fp32"),
-    "values/many": (1024, 8192, 100, "fp32"),
-    "values/wide": (1024, 8192, 1000, "fp32"),
-    "half values/few": (16, 1600, 100, "fp16"),
-    "half values/some": (64, 8192, 1000, "fp16"),
-    "half values/many": (1024, 8192, 100, "fp16"),
-    "half values/wide": (1024, 8192, 1000, "fp16"),
+    "classes/few": (16, 1600, 100),
+    "classes/some": (64, 8192, 1000),
+    "classes/many": (1024, 16_000, 1000),
+    "classes/one key each": (1024, 8192, 8192),
+    "affinities/few": (16, 1600, 0),
+    "affinities/some": (64, 8192, 0),
+    "affinities/many": (1024, 8192, 0),
 }
 # Tensor-core instructions of the PTX, newest first.
 _TENSOR_CORE_PTX = (
@@ -52,8 +48,8 @@ _TENSOR_CORE_PTX = (
 def compile_ahead(
     arch: int, kernels: Sequence[str] = tuple(KERNELS), precisions: Sequence[str] = PRECISIONS
 ) -> list[dict[str, Any]]:
-    """Compile the kernel for compute capability arch / 10, with weights and D = 512, for each of KERNELS and each
-    precision of the keys.
+    """Compile each of KERNELS for compute capability arch / 10, with weights and D = 512, and for each precision of the
+    keys.
 
     Returns rows of
 
@@ -94,28 +90,28 @@ def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from iosr_fast.kernels.affinity_sums import affinity_sums_kernel, product_precision, tile_of
+    from iosr_fast.kernels.affinity_sums import affinities_kernel, class_sums_kernel, product_precision, tile_of
 
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-    batch, n_keys, n_columns, values = KERNELS[kernel]
-    tile = tile_of(batch, n_keys, n_columns, dtypes[precision], dtypes[values] if values else None, arch)
+    batch, n_keys, n_classes = KERNELS[kernel]
+    function = class_sums_kernel if n_classes else affinities_kernel
+    tile = tile_of(batch, n_keys, n_classes, dtypes[precision], arch)
     options = tile.options()
-    constants: dict[str, Any] = {"WIDTH": WIDTH, "GROUP": 4, "PRECISION": product_precision(arch)}
+    constants: dict[str, Any] = {"WIDTH": WIDTH, "PRECISION": product_precision(arch)}
     constants |= {name: options.pop(name) for name in list(options) if name.isupper()}
     pointers = {
         "queries": "fp16" if precision == "int8" else precision,
         "keys": "i8" if precision == "int8" else precision,
         "key_scales": "fp32" if precision == "int8" else "",
         "weights": "fp32",
-        "largest_weight": "fp32",
-        "class_offsets": "" if values else "i32",
-        "values": values,
+        "class_offsets": "i32",
         "items": "i32",
         "sums": "fp32",
+        "affinities": "fp32" if precision in ("fp32", "bf16") else "fp16",  # as with_key_precision stores values
     }
     constants |= {name: None for name, dtype in pointers.items() if not dtype}
     signature, attributes = {}, {}
-    for position, name in enumerate(affinity_sums_kernel.arg_names):
+    for position, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in pointers:
@@ -123,7 +119,7 @@ def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
             attributes[(position,)] = [["tt.divisibility", 16]]  # as torch aligns memory
         else:
             signature[name] = "fp32" if name in ("scale", "shift", "alpha") else "i32"
-    source = ASTSource(affinity_sums_kernel, signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     sizes = f"{tile.block_b}x{tile.block_n}x{tile.block_d}x{tile.block_c}"
     resources = inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"])

@@ -96,6 +96,14 @@ struct Grid {
 inline Grid this_grid() { return {}; }
 }  // namespace cooperative_groups
 
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t bytes = uint64_t{high} << 32 | low;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+        result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    }
+    return result;
+}
 inline float __uint_as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline _Float16 __ushort_as_half(uint16_t bits) { return __builtin_bit_cast(_Float16, bits); }
 inline float __half2float(_Float16 value) { return static_cast<float>(value); }

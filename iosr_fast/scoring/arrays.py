@@ -42,8 +42,3 @@ def product(rows: Array, matrix: Array, add_product: AddProduct) -> Array:
 def add_product_blas(rows: np.ndarray, matrix: np.ndarray, factor: float, logits: np.ndarray) -> None:
     """AddProduct by NumPy. On some processors a row's bits depend on its place among the others."""
     logits += np.float32(factor) * (rows @ matrix.T)
-
-
-def add_product_torch(rows: Any, matrix: Any, factor: float, logits: Any) -> None:
-    """AddProduct by PyTorch, in float32 whatever the rows' dtype."""
-    logits.addmm_(rows.float(), matrix.T, alpha=factor)

@@ -19,6 +19,9 @@ from iosr_fast.exceptions import IosrFastError, UnavailableError
 
 ENVIRONMENT = "IOSR_FAST_IMPL"
 FEW_QUERIES = 16  # the largest batch of the CUDA kernel
+# What it takes by choice: so few queries that it waits for memory alone, or so few products that launches count. Until a
+# GPU is measured, both are estimates (benchmarks/roofline.py).
+READS_ALONE, FEW_PRODUCTS = 4, 2**19
 OLDEST_TRITON = (3, 4)  # PyTorch 2.6 and 2.7 bring 3.2 and 3.3
 _BUILD = "`pip install .` in its source builds it, with a C++ compiler (Debian: apt-get install build-essential)"
 _BUILD_CUDA = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
@@ -162,8 +165,9 @@ def devices_of(backend: Backend) -> tuple[str, ...]:
     return ("cpu", *backend.devices) if backend.name == "triton" and _interprets() else backend.devices
 
 
-def choose(impl: str = "auto", device: str = "cpu", batch: int = 1) -> Backend:
-    """The backend of this name, or for "auto" the best available one, for `batch` embeddings on `device`.
+def choose(impl: str = "auto", device: str = "cpu", batch: int = 1, n_keys: int = 0) -> Backend:
+    """The backend of this name, or for "auto" the best available one, for `batch` embeddings on `device` and a plan of
+    so many keys: on a GPU "cuda" for a few queries, "triton" for batches.
 
     IOSR_FAST_IMPL replaces "auto", never another name. A backend for GPUs may be named for embeddings on the CPU if
     there is a GPU to copy them to. Raises IosrFastError for an unknown name, UnavailableError for a backend that can't
@@ -175,7 +179,8 @@ def choose(impl: str = "auto", device: str = "cpu", batch: int = 1) -> Backend:
         source = f"{ENVIRONMENT}={impl}"
     if impl != "auto":
         return _named(impl, source, device, batch)
-    return _best(device, device == "cuda" and batch <= FEW_QUERIES)  # one choice on a CPU, and so one warning
+    few = batch <= READS_ALONE or (batch <= FEW_QUERIES and batch * n_keys <= FEW_PRODUCTS)
+    return _best(device, device == "cuda" and few)  # one choice on a CPU, and so one warning
 
 
 def _named(name: str, source: str, device: str, batch: int) -> Backend:

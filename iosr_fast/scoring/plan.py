@@ -57,6 +57,9 @@ class ScoringPlan(PlanTerms):
     query_transform (D, D) float32; query_transform @ query[b] is compared with the keys in place of query[b], and
                    keys[j] @ query_transform are the unit rows
 
+    half_on_gpu    whether a GPU holds float32 keys and values in float16, where that keeps the labels
+                   (half_plan)
+
     Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only, and copied
     only if necessary. `with_key_precision` stores the keys in fewer bits.
 
@@ -92,6 +95,7 @@ class ScoringPlan(PlanTerms):
     values: np.ndarray | None = None
     reducer: Reducer | None = None
     temperature: float = 0.5
+    half_on_gpu: bool = True
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
@@ -154,7 +158,7 @@ class ScoringPlan(PlanTerms):
         return keys if self.query_transform is None else keys @ self.query_transform
 
     def with_key_precision(self, precision: KeyPrecision) -> ScoringPlan:
-        """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
+        """The same plan with its keys stored in `precision`: "fp32", on a GPU too, "fp16", "bf16" or "int8".
 
         Keys that were rounded before are normalised first. int8 keys get a query_transform
         (key_precision.int8_keys). Values of fp16 and int8 keys are stored in float16 (half_values), divided by their
@@ -163,7 +167,7 @@ class ScoringPlan(PlanTerms):
         if self.keys is None:
             raise IosrFastError(f"expected a plan with keys to store in {precision}, got one without a cache term")
         if check_precision(precision) == self.key_precision:
-            return self
+            return replace(self, half_on_gpu=False) if self.half_on_gpu else self
         keys = self.keys
         if self.key_precision != "fp32" or self.query_transform is not None:
             keys = self.dequantize()
@@ -172,7 +176,8 @@ class ScoringPlan(PlanTerms):
             codes, scales, rotation = int8_keys(keys)
             narrow = replace(self, keys=codes, key_scales=scales, query_transform=rotation)
         else:
-            narrow = replace(self, keys=convert_keys(keys, precision), key_scales=None, query_transform=None)
+            converted = convert_keys(keys, precision)
+            narrow = replace(self, keys=converted, key_scales=None, query_transform=None, half_on_gpu=False)
         if self.values is None or precision not in ("fp16", "int8"):
             return narrow
         largest = float(np.abs(self.values).max()) or 1.0

@@ -9,7 +9,6 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.arrays import add_product_torch
 from iosr_fast.scoring.dispatch import Backend
 from iosr_fast.scoring.inputs import checked_inputs
 from iosr_fast.scoring.lower import lower
@@ -47,7 +46,8 @@ def score_with_path(
     """score(), and the path that computed the sums of affinities: "cpp/avx512", "triton/values", "torch/cuda",
     "reference"; "cpp/no-keys" where there are none."""
     inputs = checked_inputs(plan, embeddings, check)
-    backend = dispatch.choose(impl, inputs.device, len(inputs.embeddings))
+    n_keys = 0 if plan.keys is None else len(plan.keys)
+    backend = dispatch.choose(impl, inputs.device, len(inputs.embeddings), n_keys)
     if backend.tensors:
         return _with_tensors(plan, inputs.embeddings, inputs.device, inputs.torch, backend)
     if backend.name == "reference":
@@ -78,13 +78,15 @@ def _with_tensors(
     import torch
 
     from iosr_fast.scoring.device_plan import as_tensor, device_plan
+    from iosr_fast.scoring.half_plan import half_plan
 
     plain, adapted = embeddings.plain, embeddings.adapted
     if device == "cpu":
         place = "cpu" if "cpu" in dispatch.devices_of(backend) else "cuda"
         plain, adapted = (None if rows is None else as_tensor(rows).to(place) for rows in (plain, adapted))
     with torch.no_grad(), torch.cuda.device(plain.device if plain.is_cuda else -1):
-        logits, path = _run(device_plan(plan, plain.device), Embeddings(plain, adapted), backend, add_product_torch)
+        placed = device_plan(half_plan(plan) if plain.is_cuda else plan, plain.device)
+        logits, path = _run(placed, Embeddings(plain, adapted), backend, placed.add_product)
     if device == "cuda":
         return logits, path
     return (logits.cpu() if from_torch else logits.cpu().numpy()), path

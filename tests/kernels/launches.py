@@ -81,7 +81,10 @@ def test_launches_compile(keys: str, kind: str, rng: np.random.Generator) -> Non
     assert len(set(LAUNCHED)) == 2
 
 
-def test_another_batch_or_another_number_of_keys_compiles_nothing(rng: np.random.Generator) -> None:
-    for counts, batch in (([16] * 8, 40), ([20] * 8, 64), ([1000] + 7 * [8], 33)):
-        launch(rng, counts, 64, "fp16", "half values", batch)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_batch_another_number_of_keys_or_of_classes_compiles_nothing(
+    kind: str, rng: np.random.Generator
+) -> None:
+    for counts, batch in (([16] * 8, 40), ([20] * 9, 64), ([1000] + 7 * [8], 33)):
+        launch(rng, counts, 64, "fp16", kind, batch)
     assert len(LAUNCHED) == 3 and len(set(LAUNCHED)) == 1

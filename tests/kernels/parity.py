@@ -57,6 +57,8 @@ def test_keys_in_pieces_and_queries_in_blocks(
     monkeypatch.setattr(kernels, "gpu", lambda device: (64, 90))
     assert_triton(plan, queries)
     monkeypatch.setattr(kernels, "PARTIAL_BYTES", 4 * 36 * 8 * 2)
+    monkeypatch.setattr(kernels, "AFFINITY_BYTES", 1)
+    monkeypatch.setattr(kernels, "BLOCK", 8)
     assert_triton(plan, queries)
 
 
@@ -79,33 +81,43 @@ def test_equal_calls_give_equal_bits_whatever_type_queries_have(kind: str, rng: 
         assert torch.equal(first, again) and torch.equal(first, wide)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_recording_takes_only_what_was_scored_before(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tables of these batches are alike; their tile or the address of the queries is not, which compiles a kernel."""
-    parts = device_plan(make_plan(rng, [3, 0, 5], 33, "fp16", "classes"), "cpu")
+    """A larger batch has another tile, which compiles a kernel; a slice of queries has none of its own."""
+    parts = device_plan(make_plan(rng, [3, 0, 5], 33, "fp16", kind), "cpu")
     rows, logits = random_queries(rng, 40, 33, torch.float16), torch.zeros(40, 3)
     kernels.affinity_sums(parts, rows[:3], logits[:3])
     monkeypatch.setattr(kernels, "is_recorded", lambda device: True)
-    kernels.affinity_sums(parts, rows[:4], logits[:4])
-    for batch in (rows, rows[1:4]):
-        with pytest.raises(RuntimeError, match="scored with Triton once before"):
-            kernels.affinity_sums(parts, batch, logits[: len(batch)])
+    kernels.affinity_sums(parts, rows[1:5], logits[:4])
+    with pytest.raises(RuntimeError, match="scored with Triton once before"):
+        kernels.affinity_sums(parts, rows, logits)
 
 
-@pytest.mark.parametrize("counts", [counts for counts, *_ in SHAPES], ids=str)
-@pytest.mark.parametrize(("block_c", "stretch"), [(16, 64), (128, 16), (16, 1000)])
-def test_items_hold_every_pair_of_key_and_column_once(counts: list[int], block_c: int, stretch: int) -> None:
-    offsets, n_keys = np.concatenate([[0], np.cumsum(counts)]), sum(counts)
-    for given, wanted in ((None, 1), (offsets, 0)):
-        pairs = np.zeros((n_keys, len(counts)), int)
-        pieces = set()
-        for first, end, column, piece in kernels.cut_items(given, n_keys, len(counts), block_c, stretch).tolist():
-            assert 0 < end - first <= stretch and column % block_c == 0 and (column, piece) not in pieces
-            pieces.add((column, piece))
-            pairs[first:end, column : column + block_c] += 1
-        own = np.repeat(np.arange(len(counts)), counts)
-        assert (pairs[np.arange(n_keys), own] == 1).all() and pairs.min(initial=1) >= wanted and pairs.max() == 1
+@pytest.mark.parametrize("counts", [*(counts for counts, *_ in SHAPES), [16] * 1000, [9000, 1, 0, 5] * 9], ids=str)
+@pytest.mark.parametrize(("tile", "blocks", "most"), [((64, 16), 1, 99), ((128, 128), 2, 3), ((16, 16), 40, 1)])
+def test_items_hold_every_key_of_a_class_once(counts: list[int], tile: tuple[int, int], blocks: int, most: int) -> None:
+    block_n, block_c = tile
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    cut = kernels.Tile(16, block_n, 64, block_c, 4)
+    pairs, pieces = np.zeros((sum(counts), len(counts)), int), set()
+    for first, end, column, piece in kernels.cut_items(offsets, cut, blocks, 132, most).tolist():
+        assert first < end and (first - offsets[column]) % block_n == 0 == column % block_c and piece < most
+        pieces.add((column, piece))
+        pairs[first:end, column : column + block_c] += 1
+    own = np.repeat(np.arange(len(counts)), counts)
+    assert (pairs[np.arange(sum(counts)), own] == 1).all() and pairs.max() == 1
+
+
+def test_programs_of_a_large_class_and_of_many_small_ones_end_in_one_round() -> None:
+    tile = kernels.Tile(128, 128, 64, 16, 8)
+    for counts, blocks in (([1_000_000], 1), ([16] * 1000, 2), ([8] * 500 + [5000], 1)):
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        items = kernels.cut_items(offsets, tile, blocks, 132, 1000)
+        assert 0.5 * 132 < blocks * len(items) <= 132
+        lengths = (items[:, 1] - items[:, 0]) / 128
+        assert blocks * np.ceil(lengths).sum() / 132 > 0.5 * np.ceil(lengths.max())
 
 
 NO_ACCESS = 0
@@ -132,20 +144,24 @@ def guarded(tensor: Any, at_end: bool) -> Any:
 def test_no_access_beyond_a_tensor(
     kind: str, at_end: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = kernels.affinity_sums_kernel
     launches = []
 
     class Guarded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
         def __getitem__(self, grid: Any) -> Any:
             def launch(*arguments: Any, **options: Any) -> None:
                 copies = [guarded(argument, at_end) for argument in arguments]
-                kernel[grid](*copies, **options)
-                arguments[8].copy_(copies[8])  # the sums
+                self.kernel[grid](*copies, **options)
+                output = max(i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor))
+                arguments[output].copy_(copies[output])
                 launches.append(grid)
 
             return launch
 
-    monkeypatch.setattr(kernels, "affinity_sums_kernel", Guarded())
+    for name in ("class_sums_kernel", "affinities_kernel"):
+        monkeypatch.setattr(kernels, name, Guarded(getattr(kernels, name)))
     for (counts, batch, width), keys in itertools.product(SHAPES[1:4], ("fp16", "int8")):
         assert_triton(make_plan(rng, counts, width, keys, kind), random_queries(rng, batch, width))
     assert len(launches) == 6

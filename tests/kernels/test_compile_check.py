@@ -1,7 +1,7 @@
-"""The Triton kernel compiled for each GPU generation, without a GPU: tensor cores in use, nothing spilt.
+"""The Triton kernels compiled for each GPU generation, without a GPU: tensor cores in use, nothing spilt.
 
 Each batch is compiled in a process of its own, as pytest-xdist may spread them, and without TRITON_INTERPRET, under
-which kernels aren't compiled. Rows are cached by the kernel's source and Triton's version.
+which kernels aren't compiled. Rows are cached by the kernels' source and Triton's version.
 """
 
 from __future__ import annotations
@@ -35,20 +35,17 @@ KERNELS = list(compile_check.KERNELS)
 # 8.6 and 8.9 have 8.0's tiles and instructions, so one kernel stands for all.
 LARGE = [kernel for kernel in KERNELS if not kernel.endswith("/few")]
 JOBS: list[Job] = [
-    *((90, [kernel], ["fp32", "fp16", "int8"]) for kernel in KERNELS),
-    *((arch, [kernel], ["fp32", "fp16", "int8"]) for arch in (80, 120) for kernel in LARGE),
-    *((100, [kernel], ["fp32", "fp16"]) for kernel in LARGE),
-    *((arch, ["half values/wide"], ["fp16"]) for arch in (86, 89)),
-    (90, ["classes/many", "half values/wide"], ["bf16"]),
+    *((90, [kernel], list(compile_check.PRECISIONS)) for kernel in KERNELS),
+    *((arch, [kernel], ["fp32", "fp16", "int8"]) for arch in (80, 100, 120) for kernel in LARGE),
+    *((arch, ["classes/many"], ["fp16"]) for arch in (86, 89)),
 ]
 # PyTorch 2.11 brings this one, whose compiler takes more registers; these kernels are the nearest to the limit.
 OLDER = "3.6.0"
 OLDER_JOBS: list[Job] = [
-    (90, ["values/some", "values/wide"], ["fp32"]),
-    (90, ["classes/many"], ["fp16"]),
-    (100, ["classes/many"], ["fp16"]),
-    (100, ["half values/many"], ["fp32"]),
-    (120, ["half values/few"], ["int8"]),
+    (90, ["classes/some", "affinities/many"], ["fp32"]),
+    (90, ["classes/many", "affinities/many"], ["fp16"]),
+    (100, ["classes/many", "affinities/many"], ["fp16", "int8"]),
+    (120, ["classes/few"], ["int8"]),
 ]
 COMPILE = """
 import json, os, sys
@@ -63,7 +60,7 @@ print(json.dumps([row for job in json.loads(jobs) for row in compile_ahead(*job)
 
 
 def batch_of(job: Job) -> str:
-    """By architecture and what keys have: "90 half values"."""
+    """By architecture and kernel: "90 classes"."""
     return f"{job[0]} {job[1][0].split('/')[0]}"
 
 
@@ -91,7 +88,8 @@ def assert_tensor_cores_multiply(row: dict[str, Any]) -> None:
         return
     kinds = {next((kind for kind in ("TF32", "BF16") if kind in name), "F16") for name in machine}
     products = {{"fp32": "TF32", "bf16": "BF16"}.get(row["precision"], "F16")}
-    products.add({"values": "TF32", "half values": "F16"}.get(row["kernel"].split("/")[0], "BF16"))
+    if row["kernel"].startswith("classes"):  # sums of affinities, in three parts of bfloat16 or one of float16
+        products.add("BF16" if row["precision"] == "fp32" else "F16")
     assert kinds == products, row
 
 

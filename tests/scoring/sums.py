@@ -57,7 +57,8 @@ def assert_right(
     """The logits that a backend has added its sums to; asserts its path, and that its error is at most twice that of
     the papers' code in float32, and a few roundings.
 
-    A backend may round queries to the keys' type (float16 for int8), and affinities to float16 if values are."""
+    A backend may round queries to the keys' type (float16 for int8), and affinities to float16 if values are or, for
+    classes, if keys have fewer than 32 bits."""
     truth = score_reference(plan, Embeddings(queries.double().numpy()))
     if plan.query_transform is not None:  # as lower() does
         queries = queries.float() @ torch.tensor(plan.query_transform).T
@@ -82,12 +83,12 @@ def _eager(parts: DevicePlan, queries: Tensor, half_queries: bool, half_affiniti
     affinity = torch.exp(-parts.beta * (1.0 - queries.float() @ (keys.float() * scales).T))
     if weights is not None:
         affinity *= weights
+    if half_affinities and (keys if values is None else values).dtype != torch.float32:
+        unit = 1.0 if weights is None else float(weights.abs().max())
+        affinity = (affinity / unit).half().float() * unit
     if values is None:
         assert parts.class_offsets is not None
         classes = torch.arange(parts.n_classes).repeat_interleave(parts.class_offsets.diff().long())
         values = torch.eye(parts.n_classes)[classes]
-    elif half_affinities and values.dtype == torch.float16:
-        unit = 1.0 if weights is None else float(weights.abs().max())
-        affinity = (affinity / unit).half().float() * unit
     values = values.float()
     return parts.alpha * affinity @ values, abs(parts.alpha) * float((affinity.abs() @ values.abs()).max())

@@ -28,7 +28,9 @@ from tests.scoring.compilers import CSRC, cpp_compiler, version_of
 from tests.scoring.numerics import needs_gpu
 from tests.scoring.sums import KINDS, SHAPES, assert_right, make_plan, random_queries
 
-PATH = "cuda/few"
+
+def assert_few(plan: Any, queries: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    return assert_right(cuda.affinity_sums, "cuda/few", plan, queries, device=device, half_queries=True)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def on_host(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_odd_shapes(keys: str, kind: str, on_host: None, rng: np.random.Generator) -> None:
     for index, (counts, batch, width) in enumerate(SHAPES):
         plan = make_plan(rng, counts, width, keys, kind, weighted=index % 2 == 0, beta=1.0 + 5 * index)
-        assert_right(cuda.affinity_sums, PATH, plan, random_queries(rng, min(batch, 16), width))
+        assert_few(plan, random_queries(rng, min(batch, 16), width))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +86,7 @@ def test_more_classes_than_a_block_sums_at_once_and_large_classes(
     counts: list[int], kind: str, on_host: None, rng: np.random.Generator
 ) -> None:
     queries = random_queries(rng, 2, 8)
-    assert_right(cuda.affinity_sums, PATH, make_plan(rng, counts, 8, "fp32", kind), queries)
+    assert_few(make_plan(rng, counts, 8, "fp32", kind), queries)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
@@ -92,7 +94,7 @@ def test_a_second_plan_leaves_the_first_its_shared_memory(batch: int, on_host: N
     """Whose queries are larger than it."""
     wide, narrow = (make_plan(rng, [2, 7], width, "fp16", "classes") for width in (26_001, 8))
     for plan in (wide, narrow, wide):
-        assert_right(cuda.affinity_sums, PATH, plan, random_queries(rng, batch, plan.width))
+        assert_few(plan, random_queries(rng, batch, plan.width))
 
 
 def test_equal_calls_give_equal_bits_whatever_the_workspace_held(
@@ -112,7 +114,7 @@ def test_half_queries_are_those_rows_in_float32(on_host: None, rng: np.random.Ge
     plan = make_plan(rng, [2, 7], 24, "fp16", "values")
     for dtype in (torch.float16, torch.bfloat16):
         queries = random_queries(rng, 5, 24, dtype)
-        half, full = (assert_right(cuda.affinity_sums, PATH, plan, rows) for rows in (queries, queries.float()))
+        half, full = (assert_few(plan, rows) for rows in (queries, queries.float()))
         assert torch.equal(half, full)
 
 
@@ -186,7 +188,7 @@ def test_shapes_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None
         plan = make_plan(rng, counts, width, keys, kind)
         for batch in (1, 3, 9, 16):
             queries = random_queries(rng, batch, width)
-            assert_right(cuda.affinity_sums, PATH, plan, queries, device="cuda")
+            assert_few(plan, queries, "cuda")
 
 
 @pytest.mark.gpu
@@ -195,7 +197,7 @@ def test_shapes_on_a_gpu(keys: str, kind: str, rng: np.random.Generator) -> None
 def test_graphs_and_streams_at_once_give_the_bits_of_one_call(kind: str, rng: np.random.Generator) -> None:
     parts = device_plan(make_plan(rng, [4000] * 40, 256, "fp16", kind), "cuda")
     queries = random_queries(rng, 16, 256).cuda()
-    expected, recorded = torch.zeros(16, 40, device="cuda"), torch.zeros(16, 40, device="cuda")
+    expected, recorded = torch.zeros(16, 40, "cuda"), torch.zeros(16, 40, "cuda")
     cuda.affinity_sums(parts, queries, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -205,7 +207,7 @@ def test_graphs_and_streams_at_once_give_the_bits_of_one_call(kind: str, rng: np
     torch.cuda.synchronize()
     for stream in streams * 5:
         with torch.cuda.stream(stream):
-            results.append(torch.zeros(16, 40, device="cuda"))
+            results.append(torch.zeros(16, 40, "cuda"))
             cuda.affinity_sums(parts, queries, results[-1])
     torch.cuda.synchronize()
     assert all(torch.equal(result, expected) for result in (recorded, *results))

@@ -67,20 +67,24 @@ def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "batch", "order"),
+    ("device", "batch", "n_keys", "order"),
     [
-        ("cpu", 1, ["cpp", "torch", "reference"]),
-        ("cuda", 16, ["cuda", "triton", "torch"]),
-        ("cuda", 17, ["triton", "torch"]),
+        ("cpu", 1, 1600, ["cpp", "torch", "reference"]),
+        ("cuda", 4, 1_000_000, ["cuda", "triton", "torch"]),  # a few queries wait for memory
+        ("cuda", 5, 1_000_000, ["triton", "torch"]),
+        ("cuda", 16, 1600, ["cuda", "triton", "torch"]),  # a launch takes longer than so few products
+        ("cuda", 17, 1600, ["triton", "torch"]),
     ],
 )
-def test_the_order_of_preference(device: str, batch: int, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_preference(
+    device: str, batch: int, n_keys: int, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse(monkeypatch, *NAMES, reason=None)
     for name in order:
-        assert dispatch.choose("auto", device, batch).name == name
+        assert dispatch.choose("auto", device, batch, n_keys).name == name
         refuse(monkeypatch, name)
     with pytest.raises(UnavailableError, match=f"can run on {device} here: {order[0]}: no compiler"):
-        dispatch.choose("auto", device, batch)
+        dispatch.choose("auto", device, batch, n_keys)
 
 
 def test_the_environment_takes_the_place_of_auto_only(

@@ -203,7 +203,8 @@ def test_scoring_takes_little_memory_beside_inputs_and_logits(
 @pytest.mark.parametrize("parts", [{}, EXTENDED["both and values"]], ids=["classes", "values"])
 @pytest.mark.parametrize("batch", [1, 16, 17, 300])
 def test_embeddings_on_a_gpu_are_scored_there(batch: int, parts: dict[str, Any], rng: np.random.Generator) -> None:
-    plan, embeddings = random_plan(rng, [20, 0, 21], WIDTH, **parts), random_embeddings(rng, batch, WIDTH)
+    plan = random_plan(rng, [20, 0, 21], WIDTH, **parts).with_key_precision("fp32")
+    embeddings = random_embeddings(rng, batch, WIDTH)
     expected = score(plan, embeddings, "reference")
     on_gpu = tensors(embeddings, device="cuda")
     logits = score(plan, on_gpu)

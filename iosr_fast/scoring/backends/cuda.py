@@ -12,6 +12,7 @@ import torch
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.dispatch import FEW_QUERIES
+from iosr_fast.scoring.half_products import padded, query_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +30,11 @@ def _module() -> Any:
 def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
     """The backend (backends/__init__.py) in one launch, for at most 16 queries, float32, float16 or bfloat16.
 
-    Products and sums are float32, in a fixed order. The plan's device is the current one, as score() makes it. A plan's
-    first call binds it and waits for that; later ones don't wait, and CUDA graphs can record them. Calls on several
-    streams at once don't meet: sums that span blocks (2 * B numbers a tile of up to 64 keys; with values at most two
-    (B, C) matrices a multiprocessor) lie in memory of PyTorch's allocator, which reuses it in the order of the stream
-    and gives a recorded graph its own.
+    Queries are rounded to the keys' half type, as Triton rounds those of batches. Products and sums are float32, in a
+    fixed order. The plan's device is the current one, as score() makes it. A plan's first call binds it and waits for
+    that; later ones don't wait, and CUDA graphs can record them. Calls on several streams at once don't meet: sums that
+    span blocks (2 * B numbers a tile of up to 64 keys; with values at most two (B, C) matrices a multiprocessor) lie in
+    memory of PyTorch's allocator, which reuses it in the order of the stream and gives a recorded graph its own.
 
     Returns "cuda/few". Raises IosrFastError for more queries, RuntimeError with CUDA's message if a launch fails.
     """
@@ -42,7 +43,7 @@ def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
             f"expected 1 to {FEW_QUERIES} queries, got {len(queries)}; the backends triton and torch take more"
         )
     stream, bound = _stream(plan.device), plan.cached("cuda", lambda: _bind(plan)).plan
-    rows = queries.float().contiguous()
+    rows = queries.to(query_type(plan)).float().contiguous()
     workspace = torch.empty(bound.workspace_size(len(rows)), dtype=torch.float32, device=plan.device)
     bound.add_affinity_sums(rows.data_ptr(), len(rows), logits.data_ptr(), workspace.data_ptr(), stream)
     return "cuda/few"
@@ -58,7 +59,8 @@ class _Bound:
 
 def _bind(plan: DevicePlan) -> _Bound:
     assert plan.keys is not None
-    device, keys, values = plan.device.index or 0, _padded(plan.keys), _padded(plan.values)
+    device, keys = plan.device.index or 0, padded(plan.keys)
+    values = None if plan.values is None else plan.cached("values", lambda: padded(plan.values))
     tile_classes = None
     if plan.offsets is not None:
         firsts = np.append(np.arange(0, len(keys), _module().tile_keys(device, len(keys))), len(keys) - 1)
@@ -82,16 +84,6 @@ def _bind(plan: DevicePlan) -> _Bound:
     if plan.device.type == "cuda":  # the next call may come on another stream
         torch.cuda.current_stream(plan.device).synchronize()
     return _Bound(bound, tensors)
-
-
-def _padded(rows: Any) -> Any:
-    """The rows, or a copy with zeros to a multiple of 16 bytes if they don't begin and end at one; None for none."""
-    if rows is None:
-        return None
-    missing = -rows.shape[1] % (16 // rows.element_size())
-    if missing:
-        return torch.nn.functional.pad(rows, (0, missing))
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _stream(device: torch.device) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from iosr_fast.scoring.half_products import has_half_products, query_type, sums_of_products
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,22 +31,13 @@ def affinity_sums(plan: DevicePlan, queries: Tensor, logits: Tensor) -> str:
 
     Returns "torch/cpu" or "torch/cuda".
     """
-    dtype = _product_type(plan, queries.device)
+    # A half result would lose the precision of float32 sums.
+    dtype = query_type(plan) if has_half_products(queries.device) else torch.float32
     rows = 1024 if plan.values is not None else min(1024, max(1, _SUMS // plan.n_classes))
     for first in range(0, len(queries), rows):
         block = slice(first, first + rows)
         _add_block(plan, queries[block].to(dtype), logits[block])
     return f"torch/{queries.device.type}"
-
-
-def _product_type(plan: DevicePlan, device: torch.device) -> torch.dtype:
-    """The type of queries and keys in their product."""
-    assert plan.keys is not None
-    # A half result would lose the precision of float32 sums. The CPU's mm has no float32 result for half operands, nor
-    # has a GPU's before PyTorch 2.8.
-    if device.type != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():
-        return torch.float32
-    return torch.float16 if plan.keys.dtype == torch.int8 else plan.keys.dtype
 
 
 def _add_block(plan: DevicePlan, queries: Tensor, logits: Tensor) -> None:
@@ -74,8 +67,7 @@ def _cosines(plan: DevicePlan, begin: int, end: int, queries: Tensor) -> Tensor:
     """<key, query> for keys begin to end: (end - begin, B) float32."""
     assert plan.keys is not None
     keys = plan.keys[begin:end].to(queries.dtype)
-    half = queries.dtype != torch.float32
-    dots = torch.mm(keys, queries.T, out_dtype=torch.float32) if half else torch.mm(keys, queries.T)
+    dots = sums_of_products(keys, queries.T)
     return dots if plan.key_scales is None else dots.mul_(plan.key_scales[begin:end, None])
 
 
