@@ -1,4 +1,4 @@
-// The cache term for 1 to 16 queries, in one launch:
+// The cache term for 1 to 16 queries, in one launch; for batches kernels/affinity_sums.py has it:
 //   logits[b, c] += alpha * sum over keys j: weights[j] * exp(-beta * (1 - <queries[b], key[j]>)) * values[j, c]
 // where without `values` a key has 1 at its class and 0 elsewhere, and key[j] = key_scales[j] * keys[j] for int8 keys.
 #pragma once

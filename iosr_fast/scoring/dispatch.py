@@ -19,8 +19,8 @@ from iosr_fast.exceptions import IosrFastError, UnavailableError
 
 ENVIRONMENT = "IOSR_FAST_IMPL"
 FEW_QUERIES = 16  # the largest batch of the CUDA kernel
-# What it takes by choice: so few queries that it waits for memory alone, or so few products that launches count. Until a
-# GPU is measured, both are estimates (benchmarks/roofline.py).
+# What it takes by choice: so few queries that it waits for memory alone, or so few products that launches count. Both
+# are estimates (benchmarks/roofline.py), until a GPU is measured.
 READS_ALONE, FEW_PRODUCTS = 4, 2**19
 OLDEST_TRITON = (3, 4)  # PyTorch 2.6 and 2.7 bring 3.2 and 3.3
 _BUILD = "`pip install .` in its source builds it, with a C++ compiler (Debian: apt-get install build-essential)"
