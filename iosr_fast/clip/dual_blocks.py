@@ -80,14 +80,22 @@ class Block(Mlp):
             nn.Linear(config.width, config.width, dtype=config.dtype) for _ in range(3)
         )
 
+    def join_projections(self) -> None:
+        """Compute queries, keys and values in one product."""
+        layers = self.q_proj, self.k_proj, self.v_proj
+        self.qkv_weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+        self.qkv_bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+        del self.q_proj, self.k_proj, self.v_proj
+
     def attend(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         """x + attention(ln_1(x)); x (N, L, width)."""
         length, width = x.shape[1:]
         y = x if self.post_norm else self.ln_1(x)
-        q, k, v = (
-            proj(y).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        if hasattr(self, "qkv_weight"):
+            projected = F.linear(y, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
+        else:
+            projected = tuple(proj(y) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (one.reshape(-1, length, self.heads, width // self.heads).transpose(1, 2) for one in projected)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if torch.compiler.is_exporting():

@@ -11,7 +11,8 @@ import torch
 
 from iosr_fast.exceptions import IosrFastError
 
-GraphPrecision = Literal["fp32", "fp16"]
+GraphPrecision = Literal["fp32", "fp16", "bf16"]
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -97,4 +98,4 @@ class DualEncoderConfig:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of GEMM weights and activations; LayerNorm, softmax and the last normalisation are always fp32."""
-        return torch.float16 if self.precision == "fp16" else torch.float32
+        return _DTYPES[self.precision]

@@ -21,7 +21,7 @@ converts a loaded open_clip model.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 from iosr_fast.utils.require import require_installed
 
@@ -91,6 +91,20 @@ class DualEncoder(nn.Module):
             encoder = cls(DualEncoderConfig.from_dict(config))
         return encoder.to_empty(device="cpu").eval().requires_grad_(False)
 
+    def for_gpu(self) -> Self:
+        """Fewer and larger kernels, for a GPU: one product for queries, keys and values, and LayerNorms that take and
+        give the dtype of the products. Gamma and beta are rounded to it; statistics stay fp32. Changes the module.
+
+        The module of the files keeps three products, by whose names a graph is quantised.
+        """
+        for part in self.blocks:
+            if isinstance(part, Block) and not isinstance(part, LastBlock):
+                part.join_projections()
+        for part in self.modules():
+            if isinstance(part, Norm) and part is not self.ln_pre:  # which reads fp32
+                part.to(self.shapes.dtype)
+        return self
+
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self._embed(pixels)
         rotary = (self.rotary_cos, self.rotary_sin) if self.shapes.rotary else None
@@ -106,8 +120,12 @@ class DualEncoder(nn.Module):
                 x, split = torch.cat([plain, plain + block.adapt(x)]), True
             else:
                 # As fast in ONNX Runtime as one GEMM [h, relu(down x)] @ [W_proj | scale W_up]; stores no weight twice.
-                first, second = _halves(x + update)
-                x = torch.cat([first, second + block.adapt(_halves(x)[1])])
+                adapted, x = block.adapt(_halves(x)[1]), x + update
+                first, second = _halves(x)
+                if torch.compiler.is_exporting():
+                    x = torch.cat([first, second + adapted])
+                else:
+                    second.add_(adapted)  # in x
         x = self.proj(self._pool(x)).float()
         # As F.normalize, whose exported form computes sizes.
         embeddings = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)

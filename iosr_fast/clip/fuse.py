@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
@@ -37,8 +37,8 @@ def build_dual_encoder(
     Raises ValueError for an image encoder that can't be fused (a convolutional network, an attentional pooler of
     open_clip, custom blocks) and an adapter of another CLIP.
     """
-    if precision not in ("fp32", "fp16"):
-        raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+    if precision not in get_args(GraphPrecision):
+        raise IosrFastError(f"expected a precision of {list(get_args(GraphPrecision))}, got {precision!r}")
     if adapter is not None:
         check_belongs(adapter, clip)
     config = infer_config(clip, adapter, precision)

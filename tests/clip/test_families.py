@@ -15,6 +15,8 @@ import open_clip
 import pytest
 import torch
 
+from iosr_fast.clip.dual_blocks import LastBlock, Norm
+from iosr_fast.clip.dual_config import GraphPrecision
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.two_pass import two_passes
@@ -85,16 +87,37 @@ def test_work_is_shared_and_left_out() -> None:
 
 
 @ANY_FAMILY
-def test_fp16_is_close_and_the_config_survives_json(family: str) -> None:
+@pytest.mark.parametrize(("precision", "cosine"), [("fp16", 0.9999), ("bf16", 0.999)])
+def test_half_precision_is_close_and_the_config_survives_json(
+    family: str, precision: GraphPrecision, cosine: float
+) -> None:
     clip = family_clip(family)
     adapter, pixels = random_adapter(clip, 1), random_pixels(4, clip.image_size)
-    encoder = build_dual_encoder(clip, adapter, "fp16")
+    encoder = build_dual_encoder(clip, adapter, precision)
     again = DualEncoder.from_config(json.loads(json.dumps(encoder.config)))
     again.load_state_dict(encoder.state_dict())
-    expected = two_passes(clip, adapter, pixels)
-    for got, same, right in zip(run(encoder, pixels), run(again, pixels), expected, strict=True):
+    expected, of_gpu = two_passes(clip, adapter, pixels), run(copy.deepcopy(encoder).for_gpu(), pixels)
+    for got, same, other, right in zip(run(encoder, pixels), run(again, pixels), of_gpu, expected, strict=True):
         np.testing.assert_array_equal(got, same)
-        assert got.dtype == np.float32 and (got * right).sum(1).min() > 0.9999
+        assert got.dtype == other.dtype == np.float32
+        assert min((rows * right).sum(1).min() for rows in (got, other)) > cosine
+
+
+@ANY_FAMILY
+def test_the_form_for_a_gpu_computes_the_same_in_fewer_kernels(family: str) -> None:
+    clip = family_clip(family)
+    adapter, pixels = random_adapter(clip, 1), random_pixels(3, clip.image_size)
+    equal(run(build_dual_encoder(clip, adapter).for_gpu(), pixels), two_passes(clip, adapter, pixels))
+    encoder = build_dual_encoder(clip, adapter, "fp16")
+    counts = []
+    for form in (encoder, copy.deepcopy(encoder).for_gpu()):
+        with torch.profiler.profile() as profile:
+            run(form, pixels)
+        counts.append(Counter(event.name for event in profile.events()))
+    joined = sum(not isinstance(block, LastBlock) for block in encoder.blocks)
+    norms = sum(isinstance(part, Norm) for part in encoder.modules() if part is not encoder.ln_pre)
+    assert counts[1]["aten::linear"] == counts[0]["aten::linear"] - 2 * joined
+    assert counts[1]["aten::to"] == counts[0]["aten::to"] - 2 * norms, "LayerNorms take and give fp16"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +141,7 @@ def test_other_refusals() -> None:
             resize_clip(small_clip(), size)
     with pytest.raises(ValueError, match="trained for another CLIP"):
         build_dual_encoder(small_clip(), random_adapter(small_clip(fingerprint="other"), 1))
-    with pytest.raises(ValueError, match="'fp32' or 'fp16'"):
+    with pytest.raises(ValueError, match=r"expected a precision of .*, got 'int8'"):
         build_dual_encoder(small_clip(), precision="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the fields"):
         DualEncoder.from_config({"width": 64})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ class FakeGpu:
         self.sizes: list[int] = []  # of the batches that were launched
         self.asked: set[Any] = set()  # devices whose current stream was asked for
         self.results_kept_for: list[Any] = []
+        self.pinned = threading.Semaphore(0)  # one for each piece of page-locked memory
 
     def launch(self, run: Callable[[], Any]) -> Any:
         """Call `run`, which returns output tensors, as work on the GPU."""
@@ -88,7 +90,12 @@ class FakeGpu:
         """The part of torch that the GPU runtimes use."""
 
         def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda shape, dtype=torch.float32, device=None, pin_memory=False: make(shape, dtype=dtype)
+            def made(shape: Any, dtype: Any = torch.float32, device: Any = None, pin_memory: bool = False) -> Any:
+                if pin_memory:
+                    self.pinned.release()
+                return make(shape, dtype=dtype)
+
+            return made
 
         cuda = SimpleNamespace(
             current_device=lambda: self.device,
@@ -96,7 +103,6 @@ class FakeGpu:
             Stream=Stream,
             stream=self.stream,
             current_stream=self.current_stream,
-            Event=lambda: SimpleNamespace(synchronize=lambda: None, record=lambda stream: None),
             CUDAGraph=SimpleNamespace,
             graph=self.graph,
             graph_pool_handle=lambda: None,

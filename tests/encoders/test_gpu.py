@@ -4,6 +4,8 @@ called, in which order, on which memory; the tests marked `gpu` show that it wor
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -110,6 +112,33 @@ def test_the_callers_stream_of_the_encoders_device_waits_for_results(encoder: To
     (stream,) = fake_gpu.caller.waited
     assert isinstance(stream, Stream) and stream.waited == [fake_gpu.caller], "weights are written before the first run"
     assert fake_gpu.results_kept_for == [fake_gpu.caller] * 2
+
+
+def test_pictures_are_copied_for_their_upload_while_another_thread_launches(
+    encoder: TorchEncoder, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, expected = random_pixels(2, 32), encoder.encode(random_pixels(2, 32)).plain
+    assert encoder._gpu is not None
+    launch, launching, go_on = encoder._gpu._launch, threading.Event(), threading.Event()
+
+    def slow(batch: Any) -> Any:
+        launching.set()
+        assert go_on.wait(60)
+        return launch(batch)
+
+    monkeypatch.setattr(encoder._gpu, "_launch", slow)
+    while fake_gpu.pinned.acquire(blocking=False):
+        pass
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(encoder.encode, pixels)
+        assert launching.wait(60) and fake_gpu.pinned.acquire(timeout=60)
+        second = threads.submit(encoder.encode, pixels[::-1])
+        try:
+            assert fake_gpu.pinned.acquire(timeout=60), "the second run waits for the first one's launches alone"
+        finally:
+            go_on.set()
+        np.testing.assert_allclose(first.result().plain, expected, atol=1e-5)
+        np.testing.assert_allclose(second.result().plain, expected[::-1], atol=1e-5)
 
 
 class Context:

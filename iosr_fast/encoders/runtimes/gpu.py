@@ -25,9 +25,8 @@ class GpuRuns:
     as sizes.
 
     All runs share one stream, because they share the input, the encoder's working memory and the memory of the graphs.
-    Threads take turns to launch; none waits for the GPU, but for the upload before its own. `shape`: that of the
-    largest batch. What `launch` returns, a sequence of tensors with a row for each picture, is overwritten by the next
-    run, so each run returns copies.
+    Threads take turns to launch; none waits for the GPU. `shape`: that of the largest batch. What `launch` returns, a
+    sequence of tensors with a row for each picture, is overwritten by the next run, so each run returns copies.
     """
 
     def __init__(self, launch: Callable[[Any], Any], shape: tuple[int, ...]) -> None:
@@ -40,8 +39,6 @@ class GpuRuns:
         self._stream.wait_stream(torch.cuda.current_stream())  # it may still be writing the encoder's weights
         with torch.cuda.stream(self._stream):
             self._pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
-        self._pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
-        self._uploaded = torch.cuda.Event()
         self._graphs: dict[int, Callable[[], Any]] = {}
 
     def run(self, pixels: np.ndarray) -> tuple[Any, ...]:
@@ -49,12 +46,12 @@ class GpuRuns:
         current stream."""
         torch, n, size = self._torch, len(pixels), self._size(len(pixels))
         caller = torch.cuda.current_stream(self._device)
+        # PyTorch keeps page-locked memory for later runs, and hands it out again after its upload.
+        pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        pinned.numpy()[:] = pixels
         with self._lock, torch.no_grad(), torch.cuda.stream(self._stream):
-            self._uploaded.synchronize()
-            self._pinned.numpy()[:n] = pixels
             # Later rows hold older pictures; their outputs are cut off.
-            self._pixels[:n].copy_(self._pinned[:n], non_blocking=True)
-            self._uploaded.record(self._stream)
+            self._pixels[:n].copy_(pinned, non_blocking=True)
             outputs = self._graphs[size]() if size in self._graphs else self._launch(self._pixels[:size])
             copies = tuple(output[:n].clone() for output in outputs)
         caller.wait_stream(self._stream)

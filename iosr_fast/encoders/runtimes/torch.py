@@ -45,7 +45,7 @@ class TorchEncoder(BatchedEncoder):
             ) from error
         self.threads = None if threads is None else threads * runs
         if torch.cuda.is_available():
-            self.use_gpu(self._encoder.cuda())
+            self.use_gpu(self._encoder.for_gpu().cuda())
 
     def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         torch = self._torch
