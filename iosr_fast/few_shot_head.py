@@ -118,7 +118,7 @@ class FewShotHead(Answering, ClassifierMixin, BaseEstimator):
         text: Any = None,
         tau: float = 100.0,
         adapted: bool = False,
-        key_precision: KeyPrecision = "fp32",
+        key_precision: KeyPrecision | None = None,
         look_alikes: bool = True,
     ) -> None:
         self.method, self.reducer, self.tune, self.tune_seconds = method, reducer, tune, tune_seconds

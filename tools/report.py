@@ -78,7 +78,9 @@ COLUMNS: dict[str, dict[str, str]] = {
     "serving-peer": {"pictures_per_s": ".1f", "ok_rps": ".1f", **LATENCIES, **RATIOS},
     "ray": {"ok_rps": ".0f", "images_per_s": ".1f"},
     **{name: {"accuracy": ".1%", "std": ".1%"} for name in ("texts", "photographs", "descriptions", "parts")},
-    "key-precision": {"changed": ".2%", "accuracy": ".2%", "narrow": ".2%"},
+    "key-precision": {
+        **{"changed": ".2%", "accuracy": ".2%", "narrow": ".2%", "moved": ".2%", "answered": ".1%", "broken": ".1%"},
+    },
     "joint": {"alone": ".1%", "joint": ".1%", "refused": ".0%"},
     "labels": {
         **{"map": ".1%", "expected": ".1%", "rival": ".1%", "said/precision": "{said:.1%}/{precision:.1%}"},

@@ -26,9 +26,13 @@ def build_engine(
     adapter: Adapter = "auto",
     first_adapted_block: Annotated[int | None, option("A random adapter from this block on, to measure speed.")] = None,
     runtime: Runtime = "auto",
-    precision: Annotated[str, option("fp32, fp16 (GPUs), bf16 (openvino), int8, or fp8 (TensorRT).")] = "fp32",
+    precision: Annotated[
+        str | None, option("fp32, fp16, bf16, int8, or fp8 (TensorRT) [default: fp16 on a GPU if right, or fp32].")
+    ] = None,
     calibration: Annotated[Path | None, option("For int8 and fp8: images like yours [default: the demo's].")] = None,
-    max_batch: Annotated[int, option("Images of one run at most; larger batches are split.")] = 32,
+    max_batch: Annotated[
+        int | None, option("Images of one run at most; larger batches are split [default: by the processor].")
+    ] = None,
     classifier: Annotated[
         Path | None, option("A saved classifier, in place of a CLIP: a TensorRT plan from pixels to probabilities.")
     ] = None,
@@ -52,7 +56,7 @@ def build_engine(
     """
     if classifier is not None:
         of_clip = (model, pretrained, adapter, first_adapted_block, precision, calibration)
-        if of_clip != ("demo", None, "auto", None, "fp32", None):
+        if of_clip != ("demo", None, "auto", None, None, None):
             raise typer.BadParameter(
                 "expected no --model, --pretrained, --adapter, --first-adapted-block, --precision and --calibration "
                 "with --classifier, which has an engine"
@@ -67,21 +71,22 @@ def build_engine(
     from iosr_fast.clip.models import check_adaptable, check_model, is_fused
     from iosr_fast.export.build import write_engine
     from iosr_fast.export.check import calibration_pictures
-    from iosr_fast.export.precision import QUANTISED, choose_builder
+    from iosr_fast.export.precision import QUANTISED, choose_builder, default_precisions, first_right
     from iosr_fast.export.pretrained import choose_adapter, load, read_adapter
 
     if adapter not in ("auto", "none") and first_adapted_block is not None:
         raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
     if calibration is not None and precision not in QUANTISED:
-        raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
+        raise typer.BadParameter(f"--calibration is for --precision {' and '.join(QUANTISED)}, got {precision}")
     check_new_folder(out, "engine")
-    check_model(model, pretrained, precision)
-    choose_builder(runtime, precision, is_fused(model))
+    check_model(model, pretrained, precision or "fp32")
+    precisions = default_precisions(runtime, is_fused(model)) if precision is None else (precision,)
+    choose_builder(runtime, precisions[0], is_fused(model))
     if first_adapted_block is not None:
         check_adaptable(model)
     file = None if adapter == "none" or first_adapted_block is not None else adapter
     read_adapter(model, file)  # checks it before the CLIP is loaded
-    clip = load(model, pretrained, precision)
+    clip = load(model, pretrained, precision or "fp32")
     fused = None
     if isinstance(clip, LoadedModel):
         from iosr_fast.clip.adapter import random_adapter
@@ -89,11 +94,12 @@ def build_engine(
         fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
     quantised = precision in QUANTISED
     pictures = calibration_pictures(clip, calibration) if quantised else demo_pictures(clip.geometry)
-    describe(write_engine(clip, fused, out, runtime, precision, max_batch, pictures), out)
+    given = max_batch, pictures
+    describe(first_right(precisions, lambda name: write_engine(clip, fused, out, runtime, name, *given)), out)
 
 
 def build_classifier(
-    classifier: Path, out: Path, runtime: str, max_batch: int, max_error: float | None, reject_unknown: bool
+    classifier: Path, out: Path, runtime: str, max_batch: int | None, max_error: float | None, reject_unknown: bool
 ) -> None:
     """Write a saved classifier's plan, and print what was checked."""
     from iosr_fast.delivery.one_plan import PLAN_KIND, plan_runtime, write_plan
@@ -111,7 +117,7 @@ def build_classifier(
     note(
         f"{len(manifest['class_names'])} classes: pixels to {', '.join(manifest['outputs'])}",
         f"  the graph in ONNX Runtime answers as the classifier; {ran}",
-        f"built for batches of up to {max_batch}:",
+        f"built for batches of up to {manifest['max_batch']}:",
         *(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB" for name, entry in manifest["files"].items()),
         f"  {out / 'manifest.json'}, for {Target(**manifest['target'])}",
         err=False,

@@ -55,7 +55,9 @@ def fit(
     look_alikes: Annotated[
         bool, option("Leave pictures of a class that look alike out together; not where all were drawn independently.")
     ] = True,
-    key_precision: Annotated[str, option("Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
+    key_precision: Annotated[
+        str | None, option("Precision of the keys: fp32, fp16, bf16 or int8 [default: by the machine].")
+    ] = None,
     overwrite: Annotated[bool, option("Replace the classifier in --out.", "--overwrite")] = False,
 ) -> None:
     """Fit a few-shot classifier on a folder of images and save it.

@@ -9,11 +9,11 @@ from typing import Annotated, Literal, get_args
 import numpy as np
 from msgspec import Meta
 
-from iosr_fast.encoders.engine_folder import PRECISIONS, EnginePrecision
+from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES, PRECISIONS, EnginePrecision, unavailable_reason
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.paired_tests import lost_and_won, sign_test
 from iosr_fast.sealed.schema import Above0, Name, Natural, Share, Size, Strict, text_of
-from iosr_fast.utils.machine import cpu_model
+from iosr_fast.utils.machine import cpu_model, processors
 
 EngineGoal = Literal["latency", "throughput", "size"]
 Outcome = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
@@ -92,7 +92,7 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
     """The table of candidates, the chosen one first, and how it was made.
 
     `tolerance` is in points of accuracy; `judged` images were left out, `calibrated` ones gave the ranges of int8;
-    `processor` is where the times were measured.
+    `processor` is where the times were measured, a GPU included.
     """
 
     objective: EngineGoal
@@ -112,8 +112,11 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
 
     @property
     def runtime(self) -> str:
-        """The runtime to open the engine with: the chosen one on the processor where it was measured, else "auto"."""
-        return self.chosen.runtime if self.processor == cpu_model() else "auto"
+        """The runtime to open the engine with: the chosen one where it was measured, else "auto"."""
+        runtime = self.chosen.runtime
+        if runtime in ONNX_RUNTIMES:  # of a CPU: whether there is a GPU is not asked, which would import PyTorch
+            return runtime if self.processor.partition(" and ")[0] == cpu_model() else "auto"
+        return runtime if self.processor == processors() and unavailable_reason(runtime) is None else "auto"
 
     def lines(self) -> list[str]:
         """The table as text. `labels` is the share of left-out images whose label is fp32's: the accuracy itself, of

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.delivery.engine_choice import rejection_reason
+from iosr_fast.delivery.engine_choice import OptimizeOptions, rejection_reason
 from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.export.check import evenly
+from iosr_fast.export.check import MIN_COSINES, evenly
+from iosr_fast.images.crop import Sharing
+from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods.folds import make_folds
 from iosr_fast.methods.out_of_fold import out_of_fold
 from iosr_fast.methods.support_set import make_support_set
@@ -37,6 +41,18 @@ def sample_rows(class_ids: np.ndarray, most: int) -> np.ndarray:
         each += 1
     parts = [start + evenly(np.arange(count), each) for start, count in zip(starts, counts, strict=True)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def pixels_by_side(fit: FittedClassifier, images: Sequence[Any], rows: np.ndarray) -> Callable[[int], np.ndarray]:
+    """The `rows` of support images as pixels (n, S, S, 3) uint8, by the side S; read once for each."""
+    geometry = fit.clip.encoder.geometry
+
+    @functools.cache
+    def pixels_of(side: int) -> np.ndarray:
+        listed = [*Sharing(fit.settings.margin)(images[i] for i in rows)]
+        return to_pixels(listed, replace(geometry, size=side), fit.settings.exif_orientation)
+
+    return pixels_of
 
 
 def time_encoders(encoders: Mapping[int, Encoder], batch: int) -> dict[int, tuple[float, float]]:
@@ -130,3 +146,13 @@ def cosines(reference: Embeddings, embeddings: Embeddings) -> dict[str, tuple[fl
             each = np.nan_to_num((expected * got).sum(1), nan=-1.0, posinf=-1.0, neginf=-1.0)
             result[name] = (float(each.min()), float(each.mean()))
     return result
+
+
+def reason_for_fp32(fit: FittedClassifier, images: Sequence[Any], exact: Encoder) -> str:
+    """Why an engine in half precision is worse than the `exact` one in fp32, by support images; "" if it is not."""
+    precision = fit.encoder.source.manifest["precision"]  # type: ignore[union-attr]
+    rows = sample_rows(fit.head.examples.class_ids, JUDGED)
+    judge = Judge(fit, exact, rows, pixels_by_side(fit, images, rows), OptimizeOptions().tolerance)
+    facts, reason = judge(fit.encoder, precision)
+    low = min((least for least, _ in facts["cosines"].values()), default=1.0)
+    return reason if low >= MIN_COSINES[precision] else f"a cosine is {low:.4f}, below {MIN_COSINES[precision]}"

@@ -73,28 +73,43 @@ def fit(parameters: Mapping[str, Any], open_clip: Callable[[Any], OpenedModel], 
     shown, skip_bad = bool(parameters["progress"]), bool(parameters["skip_bad"])
     scored = is_searched(asked, tuning) or known.sets is not None
     text = None if clip.text is None else clip.text.embed_classes(known.names, settings.templates, texts)
-    with bar("encode", len(listed) + len(unknown), shown=shown) as step:
-        given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
-        encoder, memory = clip.encoder_for(adapted=True), parameters["memory"]
-        examples, unknown_rows, errors = encode_images(encoder, *given, memory=memory)
-    if grouped is not None:
-        unread = [error.position for error in errors if error.position < len(listed)]
-        examples = replace(examples, groups=np.delete(grouped, unread))
-    if errors:
-        _refuse(asked.reason_against(known.counts(examples.class_ids), names=known.names))
-    with bar("tune", None, shown=shown and scored and bool(len(examples))):
-        others = known.sets, unknown_rows, paths, known.numbers
-        head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others)
-    fitted = FittedClassifier(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
-    if not choose_engine:
-        return fitted
-    from iosr_fast.delivery.optimize import optimize
 
-    skipped = {error.position for error in errors}
-    ids = head.examples.ids.tolist()
+    def fit_on(clip: OpenedModel) -> FittedClassifier:
+        with bar("encode", len(listed) + len(unknown), shown=shown) as step:
+            given = listed, settings, known.ids, known.shown, unknown, skip_bad, step
+            encoder, memory = clip.encoder_for(adapted=True), parameters["memory"]
+            examples, unknown_rows, errors = encode_images(encoder, *given, memory=memory)
+        if grouped is not None:
+            unread = [error.position for error in errors if error.position < len(listed)]
+            examples = replace(examples, groups=np.delete(grouped, unread))
+        if errors:
+            _refuse(asked.reason_against(known.counts(examples.class_ids), names=known.names))
+        with bar("tune", None, shown=shown and scored and bool(len(examples))):
+            others = known.sets, unknown_rows, paths, known.numbers
+            head = fit_head(asked, tuning, seconds, known.names, text, clip.tau, examples, *others)
+        return FittedClassifier(clip, head, settings, tuple(errors), known.numbers is not None, memory=memory)
+
+    fitted = fit_on(clip)
+    skipped = {error.position for error in fitted.skipped}
     readable = [image for i, image in enumerate([*listed, *unknown]) if i not in skipped]  # the support images first
-    engines = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
-    return optimize(fitted, [readable[number] for number in ids], engines, head.version, readable[len(ids) :])
+    ids = fitted.head.examples.ids.tolist()
+    support = [readable[number] for number in ids]
+    if choose_engine:
+        from iosr_fast.delivery.optimize import optimize
+
+        engines = OptimizeOptions(runtime=parameters["runtime"], progress=shown)
+        return optimize(fitted, support, engines, fitted.head.version, readable[len(ids) :])
+    by_default = parameters["precision"] is None and parameters["engine"] is None and clip.loaded is not None
+    half = by_default and clip.encoder.source is not None and clip.encoder.source.manifest["precision"] != "fp32"
+    if half and support and known.sets is None:  # sets have no single label to compare
+        from iosr_fast.delivery.engine_judge import reason_for_fp32
+        from iosr_fast.export.pretrained import in_fp32
+
+        exact = in_fp32(clip, shown)
+        if reason := reason_for_fp32(fitted, support, exact.encoder_for(fitted.head.needs_adapted)):
+            log.warning("half precision is not taken: %s; the images are encoded again in fp32", reason)
+            return fit_on(exact)
+    return fitted
 
 
 def _refuse(reason: str | None) -> None:

@@ -16,6 +16,7 @@ from iosr_fast.encoders.engine_folder import EXTRAS, target, unavailable_reason
 from iosr_fast.encoders.runtimes.graph import graph_of_plan
 from iosr_fast.encoders.runtimes.tensorrt import build_plan
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.precision import default_batch
 from iosr_fast.head.verdict import NONE_WITHHELD, Abstention
 from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import write_manifest
@@ -39,10 +40,14 @@ def plan_runtime(runtime: str) -> str:
 
 
 def write_plan(
-    fit: FittedClassifier, out: str | Path, runtime: str, max_batch: int = 32, abstention: Abstention = NONE_WITHHELD
+    fit: FittedClassifier,
+    out: str | Path,
+    runtime: str,
+    max_batch: int | None = None,
+    abstention: Abstention = NONE_WITHHELD,
 ) -> dict[str, Any]:
-    """Build a plan for a `plan_runtime` from "pixels", uint8 (B, S, S, 3) with B of 1 to `max_batch`, to the outputs of
-    Classifier.export, and return its manifest.
+    """Build a plan for a `plan_runtime` from "pixels", uint8 (B, S, S, 3) with B of 1 to `max_batch` (None:
+    default_batch), to the outputs of Classifier.export, and return its manifest.
 
     A plan has no place for class names, so `out` is a folder. It is a model in the layout of Triton Inference Server,
     whose repository it may be copied to; trtexec and programs load the plan in it by its path:
@@ -56,7 +61,7 @@ def write_plan(
     version. Raises IosrFastError as Classifier.export does, UnavailableError with TensorRT's message, ArithmeticError
     for other answers.
     """
-    max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
+    max_batch = default_batch(runtime) if max_batch is None else check_integer("max_batch", max_batch, 1, 1 << 16)
     model = one_file(fit, abstention, "pixels")
     outputs = [output.name for output in model.graph.output]
     content = model.SerializeToString()

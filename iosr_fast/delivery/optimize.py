@@ -3,7 +3,6 @@ by labels, choose one, and encode the support images with it."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace as changed
 
 from iosr_fast.delivery.engine_choice import LEVEL, EngineCandidate, EngineChoice, OptimizeOptions, Outcome, best_of
-from iosr_fast.delivery.engine_judge import JUDGED, Judge, sample_rows, time_encoders
+from iosr_fast.delivery.engine_judge import JUDGED, Judge, pixels_by_side, sample_rows, time_encoders
 from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
@@ -22,9 +21,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.candidates import Candidate, CandidateBuilder, list_candidates, with_smaller_images
 from iosr_fast.export.check import evenly
 from iosr_fast.head.support_images import encode_images
-from iosr_fast.images.crop import Sharing
-from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.utils.machine import cpu_model
+from iosr_fast.utils.machine import processors
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
@@ -94,14 +91,8 @@ def choose_engine(
     if options.smaller_images and clip.loaded is None:
         raise IosrFastError("engines for smaller images are exported from the CLIP: name it by pretrained")
     chosen = sample_rows(fit.head.examples.class_ids, JUDGED)
-    geometry = clip.encoder.geometry
-
-    @functools.cache
-    def pixels_of(side: int) -> np.ndarray:
-        listed = [*Sharing(fit.settings.margin)(images[i] for i in chosen)]
-        return to_pixels(listed, replace(geometry, size=side), fit.settings.exif_orientation)
-
-    calibration = evenly(pixels_of(geometry.size), _CALIBRATED)
+    pixels_of = pixels_by_side(fit, images, chosen)
+    calibration = evenly(pixels_of(clip.encoder.image_size), _CALIBRATED)
     batch = min(8 if clip.encoder.buckets is None else 32, clip.encoder.max_batch)
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.head.needs_adapted)
     try:
@@ -138,7 +129,7 @@ def choose_engine(
         batch=batch,
         judged=judge.count,
         calibrated=len(calibration),
-        processor=cpu_model(),
+        processor=processors(),
         seconds=round(time.perf_counter() - started, 2),
         candidates=[row.found for row in table],
         note="; ".join(filter(None, (note, judge.note))),

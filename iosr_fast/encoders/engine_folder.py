@@ -149,10 +149,10 @@ def has_plain_form(manifest: Mapping[str, Any], runtime: str) -> bool:
     return runtime == "torch" or (runtime in ONNX_RUNTIMES and PLAIN_FILE in manifest["files"])
 
 
-def check_engine_choice(runtime: str = "auto", precision: str = "auto") -> None:
+def check_engine_choice(runtime: str = "auto", precision: str | None = "auto") -> None:
     """Raise IosrFastError for a runtime or a precision that no engine has."""
     for name, value, known in (("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)):
-        if value not in ("auto", *known):
+        if value not in ("auto", *known) and (name, value) != ("precision", None):
             raise IosrFastError(f"expected {name} 'auto' or one of {list(known)}, got {value!r}")
 
 

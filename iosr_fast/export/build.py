@@ -10,6 +10,7 @@ another GPU or none.
 
 from __future__ import annotations
 
+import logging
 import platform
 import tempfile
 import time
@@ -47,6 +48,7 @@ from iosr_fast.export.precision import (
     EXPORT_VERSION,
     QUANTISED,
     choose_builder,
+    default_batch,
     engine_fingerprint,
     graph_precision,
     quantisation,
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedModel
     from iosr_fast.clip.plain_encoder import PlainEncoder
 
+log = logging.getLogger(__name__)
 LAYOUT = 4  # increases when an engine with the same embeddings has other files
 
 
@@ -75,12 +78,12 @@ def write_engine(
     out: str | Path,
     runtime: str = "auto",
     precision: str = "fp32",
-    max_batch: int = 32,
+    max_batch: int | None = None,
     pictures: np.ndarray | None = None,
     *,
     image_size: int | None = None,
 ) -> dict[str, Any]:
-    """Build an engine folder, atomically, and return its manifest.
+    """Build an engine folder, atomically, and return its manifest. `max_batch` None is default_batch.
 
     `pictures` uint8 (N, S, S, 3) should resemble those to be classified: "int8" and "fp8" need them, to measure ranges
     (quantize.encoder). Embeddings of some of them, and but for these precisions of random pictures, are compared with
@@ -100,7 +103,7 @@ def write_engine(
     RuntimeError with TensorRT's message.
     """
     started = time.perf_counter()
-    max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
+    most = None if max_batch is None else check_integer("max_batch", max_batch, 1, 1 << 16)
     tokens = None if image_size is None or image_size == clip.image_size else {"image_size": image_size}
     if isinstance(clip, OnnxModel):
         fused = False
@@ -116,6 +119,8 @@ def write_engine(
         fused = reason is None
         clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
     runtime = choose_builder(runtime, precision, fused)
+    if not fused and runtime in ONNX_RUNTIMES and this_gpu() is not None:
+        log.warning("%s runs on the CPU: %s needs TensorRT for the GPU here", runtime, clip.name)
     check_products(clip, precision)
     quantised = quantisation(clip.image_size, runtime, precision, pictures)
     if runtime in EXTRAS:
@@ -140,7 +145,7 @@ def write_engine(
         "bottleneck": None if adapted is None else adapted.bottleneck,
         "runtime": runtime,
         "precision": precision,
-        "max_batch": max_batch,
+        "max_batch": default_batch(runtime) if most is None else most,
         "fingerprint": engine_fingerprint(clip.fingerprint, adapter_fingerprint, precision, quantised, tokens),
         "export_version": EXPORT_VERSION,
         "opset": None if runtime == "torch" else getattr(encoder, "opset", OPSET),

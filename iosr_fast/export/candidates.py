@@ -87,7 +87,8 @@ def list_candidates(
 def _left_out(one: Candidate, engine: VerifiedFolder, pictures: int, with_clip: bool) -> str:
     if (reason := unavailable_reason(one.runtime)) is not None:
         return reason
-    if one.precision == "bf16" and "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    in_bf16 = one.precision == "bf16" and one.runtime == "openvino"
+    if in_bf16 and "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this processor has no bf16 instructions"
     gpu = this_gpu() if one.precision == "fp8" else None
     if gpu is not None and gpu.capability < (8, 9):

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from iosr_fast.encoders.engine_folder import EXTRAS, choose_runtime
+from iosr_fast.encoders.engine_folder import EXTRAS, ONNX_RUNTIMES, choose_runtime
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import check_calibration
+from iosr_fast.utils import machine
 
 if TYPE_CHECKING:
     from iosr_fast.clip.dual_config import GraphPrecision
 
-# The runtimes of each precision. For bf16 the graph is fp32, and OpenVINO rounds.
+log = logging.getLogger(__name__)
+_Built = TypeVar("_Built")
+# The runtimes of each precision. For OpenVINO's bf16 the graph is fp32, and it rounds.
 RUNTIMES_OF = {
     "fp32": ("onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx"),
     "fp16": ("onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx"),
-    "bf16": ("openvino",),
+    "bf16": ("openvino", "torch"),
     "int8": ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
     "fp8": ("tensorrt", "tensorrt_rtx"),
 }
@@ -54,9 +59,36 @@ def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
     return runtime
 
 
+def default_batch(runtime: str) -> int:
+    """The pictures of one run: 32 on a CPU; on a GPU one for each 128 MiB of its memory, a power of two from 32 to
+    256."""
+    gpu = None if runtime in ONNX_RUNTIMES else machine.this_gpu()
+    return 32 if gpu is None else min(max(1 << ((gpu.memory >> 27).bit_length() - 1), 32), 256)
+
+
+def default_precisions(runtime: str, fused: bool) -> tuple[str, ...]:
+    """What an engine is built in where no precision is named: the first whose embeddings are right. On a CPU, and of an
+    encoder that is not `fused`, fp32."""
+    if not fused or choose_builder(runtime, "fp32") in ONNX_RUNTIMES or machine.this_gpu() is None:
+        return ("fp32",)
+    return tuple(name for name in ("fp16", "bf16", "fp32") if runtime in ("auto", *RUNTIMES_OF[name]))
+
+
+def first_right(precisions: Sequence[str], build: Callable[[str], _Built]) -> _Built:
+    """What `build` returns for the first precision that it raises no ArithmeticError for; raises that of the last."""
+    for name in precisions[:-1]:
+        try:
+            return build(name)
+        except ArithmeticError as error:
+            log.warning("the engine is not in %s: %s", name, error)
+    return build(precisions[-1])
+
+
 def graph_precision(precision: str, runtime: str, fused: bool = True) -> GraphPrecision:
     """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for
     TensorRT, fp32 on a CPU and for an encoder that is not `fused`."""
+    if precision == "bf16" and runtime == "torch":
+        return "bf16"
     half = precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS)
     return "fp16" if half and fused else "fp32"
 

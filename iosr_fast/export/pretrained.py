@@ -87,29 +87,30 @@ def open_pretrained(
     pretrained: str | Path | None,
     adapter: str | Path | None,
     runtime: str,
-    precision: str,
+    precision: str | None,
     engine: str | Path | None,
     shown: bool = False,
     texts: tuple[Any, Any, Any] | None = None,
 ) -> OpenedModel:
-    """Load the model and open its engine; without `engine` one is built, once, in the user's cache.
+    """Load the model and open its engine; without `engine` one is built, once, in the user's cache, in `precision` or
+    (None) in the first of default_precisions whose embeddings are right.
 
     Names, files and the architecture are checked before the model is loaded or downloaded. `shown`: a progress bar.
     """
-    from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, choose_runtime, runtimes_of
+    from iosr_fast.encoders.engine_folder import ENGINE_KIND, check_engine, choose_runtime, runtimes_of
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.export.build import LAYOUT, write_engine
-    from iosr_fast.export.check import calibration_pictures
-    from iosr_fast.export.precision import QUANTISED, choose_builder, engine_fingerprint, quantisation
+    from iosr_fast.export.precision import choose_builder, default_precisions, first_right
 
     if not model.endswith(ONNX):
         require_installed("torch", "cpu")
-    check_model(model, pretrained, precision)
+    check_model(model, pretrained, precision or "fp32")
     chosen = read_adapter(model, adapter)
     adapted_by = None if chosen is None else chosen.fingerprint()
+    fused = is_fused(model)
     source = None if engine is None else open_verified(engine, ENGINE_KIND)
     if source is None:
-        runtime = choose_builder(runtime, precision, is_fused(model))
+        precisions = default_precisions(runtime, fused) if precision is None else (precision,)
+        choose_builder(runtime, precisions[0], fused)
     else:
         check_engine(source)
         if adapter not in ("auto", None):
@@ -118,9 +119,8 @@ def open_pretrained(
     if texts is not None and model not in ("demo", DEMO_NAME) and not is_image_model(model):
         check_texts(model, *texts)
     with progress(f"load {model}", None, shown=shown):
-        clip = load(model, pretrained, precision)
+        clip = load(model, pretrained, precision or "fp32")
     if source is not None:
-        folder = source.folder
         _check_source(source.manifest, CLIP=clip.fingerprint)
         source.check()
         encoder = open_engine(source, runtime)
@@ -129,18 +129,11 @@ def open_pretrained(
             from iosr_fast.clip.adapter import check_belongs
 
             check_belongs(chosen, clip)
-        pictures = calibration_pictures(clip) if precision in QUANTISED else None
-        quantised = quantisation(clip.image_size, runtime, precision, pictures)
-        fingerprint = engine_fingerprint(clip.fingerprint, adapted_by, precision, quantised)
-        # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
-        form = "onnx" if runtime in ONNX_RUNTIMES else runtime
-        folder = in_cache("engines", f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}")
-        cached = _open_cached(folder, runtime)
-        if cached is None:
-            with progress("build the engine", None, shown=shown):
-                write_engine(clip, chosen, folder, runtime, precision, pictures=pictures)
-        encoder = open_engine(folder, runtime, verify=False) if cached is None else cached
+        encoder = first_right(
+            precisions, lambda name: _engine(clip, chosen, choose_builder(runtime, name, fused), name, shown)
+        )
     assert encoder.source is not None
+    folder = encoder.source.folder
     if isinstance(clip, OnnxModel):
         return OpenedModel(encoder, folder, None, clip.logit_scale, reads_text=False)
     from iosr_fast.export.text import ClipText
@@ -148,6 +141,39 @@ def open_pretrained(
     same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
     text = None if clip.tokenizer is None else ClipText(clip)
     return OpenedModel(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None, text is not None)
+
+
+def in_fp32(opened: OpenedModel, shown: bool = False) -> OpenedModel:
+    """A model that was opened from its weights, on an engine in fp32 for the same runtime."""
+    assert opened.loaded is not None
+    encoder = _engine(*opened.loaded, opened.encoder.runtime, "fp32", shown)
+    assert encoder.source is not None
+    return replace(opened, encoder=encoder, engine=encoder.source.folder)
+
+
+def _engine(
+    clip: LoadedModel | OnnxModel, adapter: Adapter | None, runtime: str, precision: str, shown: bool
+) -> Encoder:
+    """The encoder of an engine in the user's cache, which is built where it is missing."""
+    from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
+    from iosr_fast.encoders.runtimes import open_engine
+    from iosr_fast.export.build import LAYOUT, write_engine
+    from iosr_fast.export.check import calibration_pictures
+    from iosr_fast.export.precision import QUANTISED, engine_fingerprint, quantisation
+
+    pictures = calibration_pictures(clip) if precision in QUANTISED else None
+    quantised = quantisation(clip.image_size, runtime, precision, pictures)
+    adapted_by = None if adapter is None else adapter.fingerprint()
+    fingerprint = engine_fingerprint(clip.fingerprint, adapted_by, precision, quantised)
+    # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
+    form = "onnx" if runtime in ONNX_RUNTIMES else runtime
+    folder = in_cache("engines", f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}")
+    cached = _open_cached(folder, runtime)
+    if cached is not None:
+        return cached
+    with progress("build the engine", None, shown=shown):
+        write_engine(clip, adapter, folder, runtime, precision, pictures=pictures)
+    return open_engine(folder, runtime, verify=False)
 
 
 def with_loaded(opened: OpenedModel, pretrained: str | Path, adapter: str | Path | None) -> OpenedModel:
@@ -179,7 +205,7 @@ def open_shared(
     pretrained: str | Path | None,
     adapter: str | Path | None,
     runtime: str,
-    precision: str,
+    precision: str | None,
     engine: str | Path | None,
     shown: bool = False,
     texts: tuple[Any, Any, Any] | None = None,

@@ -36,6 +36,7 @@ from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
+from iosr_fast.utils.numbers import is_tensor
 from iosr_fast.utils.short_repr import short_repr
 from iosr_fast.utils.text import abbreviate
 
@@ -186,8 +187,15 @@ class Head:
         return self
 
     def score(self, embeddings: Embeddings, check: bool = True) -> np.ndarray:
-        """Logits (B, C) float32; embeddings on a GPU are scored there. `check` is that of scoring.score."""
-        return as_numpy(score(self.plan, embeddings, check=check))
+        """Logits (B, C) float32. `check` is that of scoring.score.
+
+        Embeddings on a GPU are scored there. An encoder has just normalised them, so only NaN could be wrong, which is
+        seen in the logits, without a second wait for the GPU."""
+        on_gpu = is_tensor(embeddings.plain) and embeddings.plain.is_cuda
+        logits = as_numpy(score(self.plan, embeddings, check=check and not on_gpu))
+        if on_gpu and np.isnan(logits).any():
+            raise IosrFastError("expected finite embeddings, got NaN from the encoder on the GPU; restart the process")
+        return logits
 
     def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
         """Classes in their order: all, or at most `limit` of those whose uid is above `after`."""

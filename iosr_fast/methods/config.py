@@ -89,7 +89,7 @@ class Config(Strict, frozen=True, kw_only=True):
     parameters     all of the method's, alpha included; asked for, those that are given, or none if they are searched
     reducer        the name of the one that is fitted on the support images (scoring.reducers.fit_reducer)
     factor         multiplies the logits, which calibrates probabilities and changes no label
-    key_precision  of the cache keys
+    key_precision  of the cache keys; None is fp32, and half precision on a GPU (scoring.half_plan)
     look_alikes    whether images of a class that look alike are left out together (folds.make_folds)
     evidence       of the search that chose parameters; None if there was none. "tuned" in files
 
@@ -101,7 +101,7 @@ class Config(Strict, frozen=True, kw_only=True):
     parameters: dict[str, float] = msgspec.field(default_factory=dict)
     reducer: ReducerName = "none"
     factor: Above0 = 1.0
-    key_precision: KeyPrecision = "fp32"
+    key_precision: KeyPrecision | None = None
     look_alikes: bool = True
     evidence: Evidence | None = msgspec.field(default=None, name="tuned")
 
@@ -164,7 +164,8 @@ class Config(Strict, frozen=True, kw_only=True):
 
     def with_keys(self, plan: ScoringPlan) -> ScoringPlan:
         """The plan with its keys in `key_precision`."""
-        return plan if plan.keys is None else plan.with_key_precision(self.key_precision)
+        narrow = self.key_precision
+        return plan if plan.keys is None or narrow is None else plan.with_key_precision(narrow)
 
     def unavailable_reason(self, support: SupportSet) -> str | None:
         """Why the method can't serve a support set with its parameters; None if it can."""

@@ -45,7 +45,7 @@ def asked_config(
     reducer: str | None = None,
     tune: Tuning = None,
     tune_seconds: float = TUNE_SECONDS,
-    key_precision: KeyPrecision = "fp32",
+    key_precision: KeyPrecision | None = None,
     look_alikes: bool = True,
     alpha: float | None = None,
     beta: float | None = None,
@@ -78,7 +78,7 @@ def asked_config(
             raise IosrFastError(f"expected parameters or tune={tune!r}, got both; leave {', '.join(values)} out")
     if not isinstance(look_alikes, bool):
         raise IosrFastError(f"expected look_alikes to be True or False, got {look_alikes!r}")
-    precision = check_precision(key_precision)
+    precision = None if key_precision is None else check_precision(key_precision)
     check_number("tune_seconds", tune_seconds, 0.0, MAX_TUNE_SECONDS)
     return replace(config, parameters=values, key_precision=precision, look_alikes=look_alikes)
 

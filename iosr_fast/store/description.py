@@ -58,7 +58,7 @@ def _head_lines(head: Head) -> list[str]:
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {head.version}"
         + ("" if head.unknown_images is None else f", unknown images {len(head.unknown_images):,}")
         + ("" if examples.groups is None else f", groups {len(set(examples.groups.tolist())):,}"),
-        f"method {config.method}, reducer {config.reducer}{parameters}, keys in {config.key_precision}",
+        f"method {config.method}, reducer {config.reducer}{parameters}, keys in {config.key_precision or 'fp32'}",
         *head.summary().split("\n"),
         *([f"shares of the logits: {describe_shares(shares)}"] if shares else []),
     ]

@@ -85,6 +85,8 @@ def head_to_files(head: Head) -> tuple[dict[str, Any], dict[str, Arrays]]:
     written = facts_to_json(facts)
     if head.paths is None:
         del written["paths"]  # so that earlier versions read it
+    if head.config.key_precision is None:
+        del written["key_precision"]
     return written, {file: arrays for file, arrays in files.items() if arrays}
 
 
@@ -258,12 +260,12 @@ def _plan(constants: Mapping[str, float | str], arrays: Mapping[str, Any], head:
         reducer=_reducer(arrays),
         **values,
     )
-    if plan.key_precision not in (None, config.key_precision):
-        raise IosrFastError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
+    if plan.key_precision not in (None, config.key_precision or "fp32"):
+        raise IosrFastError(f"expected keys in {config.key_precision or 'fp32'}, got {plan.key_precision}")
     weight = config.text_weight * support.tau  # where pictures may have several labels, before the scale of the head
     if plan.text is not None and support.owners is None and not math.isclose(plan.tau, weight, rel_tol=1e-6):
         raise IosrFastError(f"expected tau {weight:g} in the plan, got {plan.tau:g}")
-    return plan
+    return config.with_keys(plan)  # keys that were asked for in fp32 stay so on a GPU
 
 
 def _reducer(arrays: Mapping[str, Any]) -> Reducer | None:

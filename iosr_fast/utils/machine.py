@@ -35,6 +35,12 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def processors() -> str:
+    """The processor's name, and the GPU's if PyTorch, which it imports, sees one."""
+    gpu = this_gpu()
+    return cpu_model() if gpu is None else f"{cpu_model()} and {gpu.name}"
+
+
 def usable_threads() -> int:
     """Hardware threads that this process may use: those of its affinity mask, at most its `cpu_quota`, rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -83,10 +89,11 @@ def usable_memory() -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its name in the driver, and its compute capability, (9, 0) on an H100."""
+    """A GPU: its name in the driver, its compute capability, (9, 0) on an H100, and its memory in bytes."""
 
     name: str
     capability: tuple[int, int]
+    memory: int = 16 << 30
 
     def __str__(self) -> str:
         return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
@@ -98,4 +105,7 @@ def this_gpu() -> Gpu | None:
         return None
     import torch
 
-    return Gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Gpu(facts.name, (facts.major, facts.minor), facts.total_memory)

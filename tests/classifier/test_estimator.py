@@ -255,6 +255,7 @@ def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: p
     loaded = Classifier.load(tmp_path / "bundle", runtime="onnxruntime")
     engine = tmp_path / "bundle" / "engine"
     known = {"model": "pixels", "runtime": "onnxruntime", "engine": engine, "reducer": "none", "templates": ("a {}",)}
+    known |= {"precision": "fp32"}
     assert loaded.get_params() == made.get_params() | known
     with pytest.raises(IosrFastError, match="has no text encoder to fit with"):
         loaded.fit(*data, NAMES)

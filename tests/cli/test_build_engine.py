@@ -118,7 +118,7 @@ def test_a_plan_is_written_for_triton_after_it_answered_as_the_classifier_does(
         (["--first-adapted-block", "99"], "got 99"),
         (["--adapter", "none", "--precision", "int4"], "got 'int4'"),
         (["--adapter", "none", "--runtime", "tvm"], "got 'tvm'"),
-        (["--calibration", "photos"], "--calibration is for int8 and fp8, got --precision fp32"),
+        (["--calibration", "photos"], "--calibration is for --precision int8 and fp8, got None"),
         (["--precision", "int8", "--calibration", "photos"], "found no folder photos"),
         (["--model", "RN50", "--pretrained", "none", "--precision", "int8"], "RN50"),
     ],

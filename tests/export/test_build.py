@@ -170,7 +170,7 @@ def test_one_picture_alone_is_checked_like_a_batch() -> None:
         ({"max_batch": 0}, "max_batch from 1 to 65536"),
         ({"runtime": "tvm"}, "got 'tvm'"),
         ({"precision": "int4"}, "expected a precision of .* got 'int4'"),
-        ({"runtime": "onnxruntime", "precision": "bf16"}, r"\['openvino'\], which compute in bf16"),
+        ({"runtime": "onnxruntime", "precision": "bf16"}, r"\['openvino', 'torch'\], which compute in bf16"),
         ({"runtime": "onnxruntime", "precision": "int8"}, "expected calibration pictures as uint8 .* int8, got none"),
         ({"precision": "int8", "pictures": np.zeros((4, 31, 32, 3), "u1")}, r"got uint8 \(4, 31, 32, 3\)"),
         ({"image_size": 20}, "a multiple of 8"),

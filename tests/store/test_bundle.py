@@ -147,12 +147,13 @@ def test_a_failed_save_keeps_the_old_bundle(engine: Path, tmp_path: Path, monkey
 def test_a_fingerprint_is_that_of_earlier_versions_and_of_no_other_config() -> None:
     rows = np.eye(4, dtype=np.float32)
     examples = Examples(Embeddings(rows, rows[::-1].copy()), np.array([0, 0, 1, 1]), np.arange(4), (b"a", None) * 2)
-    config = Config(method="tip-adapter", parameters={"alpha": 1.0, "beta": 5.5}, factor=0.5)
+    config = Config(method="tip-adapter", parameters={"alpha": 1.0, "beta": 5.5}, factor=0.5, key_precision="fp32")
     head = Head.first(["x", "y"], rows[:2], 20.0, examples, config)
     assert fingerprint(head) == "eea4c2174f5dd6a38381f3fc408051ac8f29f8a98a5bab94ce653295705a2ebd"
     evidence = Evidence(accuracy=0.5, scored=2, protocol="loo")  # how it is known, and not what it is
     assert fingerprint(replace(head, config=structs.replace(config, evidence=evidence))) == fingerprint(head)
     others: list[dict[str, Any]] = [{"method": "tip-adapter++"}, {"parameters": {"alpha": 1.0, "beta": 5.0}}]
-    others += [{"reducer": "centre"}, {"factor": 0.25}, {"key_precision": "fp16"}, {"look_alikes": False}]
+    others += [{"reducer": "centre"}, {"factor": 0.25}, {"key_precision": "fp16"}, {"key_precision": None}]
+    others += [{"look_alikes": False}]
     made = {fingerprint(replace(head, config=structs.replace(config, **one))) for one in others}
     assert len(made | {fingerprint(head)}) == 1 + len(others)
