@@ -1,4 +1,5 @@
-"""What the machine reaches at best, as candidates of the same case: a matrix product, and reading memory.
+"""What the machine reaches at best, as candidates of the same case: a matrix product, reading memory, and on a GPU a
+graph of one kernel that does nothing.
 
 Their best turn is the ceiling of the other rows' rates. A ceiling taken before or after is one of other minutes, which
 on a shared machine differ by a tenth.
@@ -16,7 +17,7 @@ from benchmarks.devices import Call, Device
 from benchmarks.harness import Candidate, ready
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 
-GEMM, MEMORY = "ceiling-gemm", "ceiling-memory"
+GEMM, MEMORY, LAUNCH = "ceiling-gemm", "ceiling-memory", "ceiling-launch"
 SIZE, GPU_SIZE = 2048, 8192
 MEMORY_BYTES, GPU_COPY_BYTES = 512e6, 2**30  # more than every cache holds
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,6 +55,12 @@ def verify(product: torch.Tensor, left: torch.Tensor, weight: torch.Tensor, tole
     error = float((product[:1] - truth).abs().max() / truth.abs().max())
     if not error <= tolerance:
         raise ArithmeticError(f"the product is off by {error:.2g} of its largest value")
+
+
+def launch(device: Device) -> Candidate:
+    """The least time of any graph: one kernel on one number."""
+    number = torch.zeros(1, device=device.name)
+    return Candidate(ready(number.zero_))
 
 
 def memory(device: Device) -> Candidate:

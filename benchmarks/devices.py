@@ -15,7 +15,7 @@ from iosr_fast.evaluation.provenance import cpu_description
 from iosr_fast.exceptions import IosrFastError
 
 FLUSH_BYTES = 2**28  # read before each timed call on a GPU: five times the L2 cache of an H100
-GPU_WARMUP = 3
+GPU_WARMUP, GPU_CALLS = 3, 20
 
 Call = Callable[[], Any]
 
@@ -43,32 +43,28 @@ class Device:
             torch.cuda.synchronize()
 
     def record(self, call: Call) -> Call:
-        """`call` as it is timed: on a GPU a CUDA graph, or the call itself where none can be recorded."""
+        """`call` as it is timed: on a GPU a CUDA graph. Raises RuntimeError where none can be recorded: a time with
+        the host's launches in it is another figure."""
         if not self.is_gpu:
             return call
         with torch.inference_mode():
             for _ in range(GPU_WARMUP):  # compiles, and does what is done once only
                 call()
-            try:
-                return record_graph(call, torch.cuda.Stream())
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                return call
+            return record_graph(call, torch.cuda.Stream())
 
     def calls_in(self, seconds: float, call: Call) -> int:
-        """How many calls fill `seconds`, at least 1; on a GPU, whose events are exact, always 1."""
-        if self.is_gpu:
-            return 1
+        """How many calls fill `seconds`, at least 1; on a GPU, whose events are exact, at most GPU_CALLS."""
         start = time.perf_counter()
         call()
-        return max(1, int(seconds / max(time.perf_counter() - start, 1e-6)))
+        self.synchronize()
+        fill = max(1, int(seconds / max(time.perf_counter() - start, 1e-6)))
+        return min(fill, GPU_CALLS) if self.is_gpu else fill
 
     def time_ms(self, call: Call, calls: int = 1) -> float:
         """Milliseconds a call, the mean of `calls` after an untimed one where there are several.
 
-        On a GPU one call between two events, after a read of other memory, which leaves nothing of the call in the L2
-        cache. The host prepares the launch while the GPU reads, so the launch isn't timed.
+        On a GPU each call is between two events, after a read of other memory, which leaves nothing of the call in the
+        L2 cache. The host prepares the launch while the GPU reads, so the launch isn't timed.
         """
         if not self.is_gpu:
             if calls > 1:
@@ -78,13 +74,14 @@ class Device:
                 call()
             return (time.perf_counter() - start) * 1e3 / calls
         with torch.inference_mode():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.sum()
-            begin.record()
-            call()
-            end.record()
+            pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+            for begin, end in pairs:
+                self._flush.sum()
+                begin.record()
+                call()
+                end.record()
         torch.cuda.synchronize()
-        return float(begin.elapsed_time(end))
+        return sum(float(begin.elapsed_time(end)) for begin, end in pairs) / calls
 
     def fastest(self, calls: Mapping[str, Call]) -> str:
         """The name of the call with the least of three times."""

@@ -58,18 +58,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verified:
-    """A candidate that is right: its call, the facts of its check, how many calls are a turn, milliseconds of turns."""
+    """A candidate that is right: its call, the facts of its check, how many calls are a turn, milliseconds of turns,
+    seconds until the first result, which holds what is compiled."""
 
     candidate: Candidate
     call: Call
     facts: Mapping[str, Any]
     burst: int
+    first_s: float
     times: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Run:
-    """The rows of one subject on one machine: printed as cases end, in the file `out` after every turn.
+    """The rows of one subject on one machine: printed as cases end, in the file `out` after every round.
 
     A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then.
     """
@@ -99,8 +101,8 @@ class Run:
         A process that is killed keeps the row of each candidate that was timed.
 
         What is wrong isn't timed and stands in `failed`. Before each turn on a CPU the process sleeps for PAUSE_S. A
-        turn is one call; where that is shorter than BURST_S, one untimed call and the mean of as many as fill it.
-        Without `bursts`, for calls of seconds, nothing is called untimed but the call that is verified.
+        turn is one call; where that is shorter than BURST_S, it is the mean of several (Device.calls_in). Without
+        `bursts`, for calls of seconds, nothing is called untimed but the call that is verified.
         """
         timed: dict[str, Verified] = {}
         before, named = len(self.rows), {"bench": self.subject, "case": case}
@@ -110,6 +112,8 @@ class Run:
             if not self.device.is_gpu:
                 time.sleep(PAUSE_S)
             one.times.append(self.device.time_ms(one.call, one.burst))
+
+        def write() -> None:
             self.rows[before:] = [
                 {**named, **row_of(name, timed, unit), **shared, **timed[name].facts} for name in timed
             ]
@@ -119,24 +123,28 @@ class Run:
             if (verified := self._verify(f"{case}: {name}", candidate, bursts)) is not None:
                 timed[name] = verified
                 turn(verified)
+                write()  # the next one may be compiled for minutes
         started = time.perf_counter()
         for count in range(1, self.repeats):
             if count >= FEWEST and time.perf_counter() - started > self.seconds:
                 break
             for one in timed.values():
                 turn(one)
+            write()
         if made := self.rows[before:]:
             print("\n".join([*lines_of(made), "", origin(self.subject, made), ""]), flush=True)
 
     def _verify(self, label: str, candidate: Candidate, bursts: bool) -> Verified | None:
         """Prepare, call and check a candidate; None, with a line, if it fails."""
+        started = time.perf_counter()
         try:
             prepared = candidate.prepare()
             call = self.device.record(prepared) if candidate.recorded else prepared
-            start = time.perf_counter()
+            called = time.perf_counter()
             result = call()
             self.device.synchronize()
-            first_s = time.perf_counter() - start
+            now = time.perf_counter()
+            first_s, call_s = now - started, now - called
             checked = candidate.check(result)
         except ArithmeticError as error:
             self.say(f"WRONG: {label}: {error}; not timed")
@@ -147,13 +155,13 @@ class Run:
             if not candidate.rival:
                 self.failed.append(label)
         else:
-            self.say(f"{label}: verified; its first call took {1e3 * first_s:.4g} ms")
-            burst = self.device.calls_in(BURST_S, call) if bursts and first_s < 1 else 1
-            return Verified(candidate, call, checked, burst)
+            self.say(f"{label}: verified; its first result took {first_s:.3g} s")
+            burst = self.device.calls_in(BURST_S, call) if bursts and call_s < 1 else 1
+            return Verified(candidate, call, checked, burst, first_s)
         return None
 
     def write(self) -> None:
-        """Write all rows to `out`: a process that is killed loses no turn that has ended."""
+        """Write all rows to `out`: a process that is killed loses no round that has ended."""
         if self.out is not None:
             write_rows(self.out, self.rows)
 
@@ -161,7 +169,8 @@ class Run:
 def row_of(name: str, timed: Mapping[str, Verified], unit: str) -> dict[str, Any]:
     """A candidate's part of its row, JSON-timed.
 
-    runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios has each rival's median over this
+    runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile, first_s the seconds until the first
+    result: of exports, compiling and one call. ratios has each rival's median over this
     row's (above 1: this row is faster). share_of_ceiling is `rate` over the best rate of the candidate's ceiling in the
     same rounds.
     """
@@ -177,6 +186,7 @@ def row_of(name: str, timed: Mapping[str, Verified], unit: str) -> dict[str, Any
         "runtime_ms": round(median, 4),
         "runtime_ms_spread": [round(float(np.percentile(own.times, q)), 4) for q in (10, 90)],
         "repeats": len(own.times),
+        "first_s": round(own.first_s, 3),
         "ratios": {key: round(statistics.median(one.times) / median, 3) for key, one in rivals.items() if key != name},
         "rate": None if rate is None else round(rate, 3),
         "rate_unit": None if rate is None else unit,

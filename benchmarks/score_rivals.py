@@ -38,6 +38,9 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> d
     plain, query32, text = (
         torch.from_numpy(np.array(array)).to(device.name) for array in (embeddings.plain, embeddings.adapted, plan.text)
     )
+    if plan.linear is not None:  # one product with texts and weights
+        weights = torch.from_numpy(np.array(plan.linear)).to(device.name) / plan.tau
+        plain, text = torch.cat([plain, query32], 1), weights + torch.nn.functional.pad(text, (0, plan.width))
     keys, query = keys32.to(kind), query32.to(kind)
     if plan.values is None:
         rivals = _with_classes(plan, plain, query, text, keys)

@@ -12,11 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ceilings, harness
+from benchmarks import ceilings, devices, harness
 from benchmarks.devices import Device
 from benchmarks.harness import Candidate, Run
 
-FIELDS = {"bench", "case", "impl", "precision", "runtime_ms", "runtime_ms_spread", "repeats", "ratios", "rate"}
+FIELDS = {
+    "bench",
+    "case",
+    "impl",
+    "precision",
+    "runtime_ms",
+    "runtime_ms_spread",
+    "repeats",
+    "ratios",
+    "rate",
+    "first_s",
+}
 FIELDS |= {"rate_unit", "ceiling", "share_of_ceiling", "threads", "device", "versions", "commit"}
 
 
@@ -95,8 +106,10 @@ def test_rows_are_complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "|  | case |" in printed and "| ours | 2 (1.2 to 2.8) |" in printed and ours["commit"] in printed
 
 
-@pytest.mark.parametrize(("calls_of_b", "kept"), [(0, [1]), (2, [2, 1]), (3, [3, 2])])
-def test_a_process_that_is_stopped_keeps_the_turns_that_ended(calls_of_b: int, kept: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("calls_of_b", "kept"), [(0, [1]), (2, [1, 1]), (3, [2, 2])])
+def test_a_process_that_is_stopped_keeps_the_rounds_that_ended(
+    calls_of_b: int, kept: list[int], tmp_path: Path
+) -> None:
     """Also those of a candidate whose successor has not been prepared, which may take minutes of compiling."""
     calls: list[str] = []
 
@@ -126,6 +139,30 @@ def test_a_gpu_is_timed_without_pauses_and_records_what_has_no_graph_of_its_own(
     names = {"kernel": True, "engine": False}
     run.case("case", {name: Candidate(calling([], "", name), recorded=graph) for name, graph in names.items()})
     assert recorded == ["kernel"] and [row["runtime_ms"] for row in run.rows] == [2.0, 2.0]
+
+
+def test_on_a_gpu_a_turn_is_of_many_launches_and_a_lost_graph_is_a_lost_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches: list[str] = []
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 3.0)
+    cuda = {"is_available": lambda: True, "synchronize": lambda: None, "Event": lambda **_: event, "Stream": object}
+    for name, fake in (cuda | {"get_device_name": lambda: "a GPU"}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Device, "_flush", torch.zeros(1))
+
+    def record(call: Callable[[], Any], stream: Any) -> Callable[[], Any]:
+        if call() == "waits":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    monkeypatch.setattr(devices, "record_graph", record)
+    run = Run("subject", Device("cuda"), repeats=2)
+    names = ("kernel", "waits")
+    run.case("case", {name: Candidate(calling(launches, name, name)) for name in names})
+    assert [row["impl"] for row in run.rows] == ["kernel"] and run.failed == ["case: waits"]
+    assert "left out: case: waits: RuntimeError: operation not permitted" in capsys.readouterr().err
+    assert run.rows[0]["runtime_ms"] == 3.0 and launches.count("kernel") > 2 * 20
 
 
 def test_a_case_ends_after_its_seconds() -> None:

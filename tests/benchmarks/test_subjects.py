@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import ceilings, encoder, harness, one_file, photographs, pipeline, score
+from benchmarks.claims.key_precision import of_gpu
 from benchmarks.devices import Device
 from benchmarks.harness import Run
 from benchmarks.score_rivals import torch_rivals
@@ -24,6 +26,7 @@ from iosr_fast.cli.command import ListCommand, command_app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score_with_path
 from tests import ROOT, demo_cache
 from tests.clip.small_clip import small_clip
 from tools.benchmark import main
@@ -83,7 +86,9 @@ def test_an_embedding_that_is_off_is_refused() -> None:
 
 
 # With more classes than keys some are empty.
-@pytest.mark.parametrize("case", ["q5-k40-d32-c60", "q1-k64-d16-c4", "q5-k40-d32-c6-values"])
+@pytest.mark.parametrize(
+    "case", ["q5-k40-d32-c60", "q1-k64-d16-c4", "q5-k40-d32-c6-values", "q5-k40-d32-c6-values-linear"]
+)
 def test_score(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "OUT_OF_CACHE", 4000)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -93,7 +98,7 @@ def test_score(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = {f"cpp/{simd}:{kind}" for kind in ("fp16", "bf16", "int8")}
     ceiling = ceilings.MEMORY if case.startswith("q1-") else ceilings.GEMM
     rows = by_name(run)
-    rivals = {"eager-best", "torch-fp32", "compiled-best" if case.endswith("values") else "papers-formula"}
+    rivals = {"eager-best", "torch-fp32", "compiled-best" if "values" in case else "papers-formula"}
     assert set(rows) == {f"cpp/{simd}", "torch/cpu", ceiling} | narrow | rivals
     for row in run.rows:
         assert row["precision"] == row["impl"].partition(":")[2] or row["precision"] == "fp32"
@@ -109,6 +114,35 @@ def test_wrong_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             score.verify(wrong, plan, embeddings)
     monkeypatch.setattr("benchmarks.score_rivals.PAPERS_LIMIT_BYTES", 4 * 40 * (4 + 3) - 1)
     assert set(torch_rivals(plan, embeddings, Device())) == {"eager-best", "torch-fp32"}
+
+
+@pytest.mark.parametrize("tolerance", [score.TOLERANCE, *score.GPU_TOLERANCES.values()])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_few_lost_keys_are_refused_and_half_precision_is_not(tolerance: float, linear: bool) -> None:
+    plan, embeddings = score.Case(16, 8192, 64, 50, values=True, linear=linear).build()
+    assert plan.values is not None
+    kept = np.ones((len(plan.values), 1), np.float32)
+    kept[np.random.default_rng(0).choice(len(kept), 8, replace=False)] = 0.0
+    score.verify(score_with_path(plan, embeddings)[0], plan, embeddings, tolerance)
+    with pytest.raises(ArithmeticError, match="wrong by"):
+        lost = replace(plan, values=plan.values * kept)
+        score.verify(score_with_path(lost, embeddings)[0], plan, embeddings, tolerance)
+    if tolerance >= score.GPU_TOLERANCES["fp16"]:
+        score.verify(of_gpu(plan.with_key_precision("fp16"), embeddings), plan, embeddings, tolerance)
+
+
+def test_a_backend_that_breaks_costs_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(plan: Any, batch: Any, backend: str, check: bool) -> Any:
+        if backend == "cpp":
+            raise RuntimeError("it does not compile")
+        return score_with_path(plan, batch, backend, check=check)
+
+    monkeypatch.setattr(score, "score_with_path", breaks)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    run = Run("score", threads=1, repeats=1)
+    score.run(run, ["q5-k40-d32-c60"])
+    assert {"torch/cpu", "eager-best"} <= {row["impl"] for row in run.rows}
+    assert run.failed == [f"q5-k40-d32-c60: {score.named('cpp', kind)}" for kind in PRECISIONS]
 
 
 @pytest.mark.parametrize("values", [False, True])
