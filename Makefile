@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(addprefix --c
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast test-avx2 lint lint-ci docs wheel check-wheel sanitize bench gpu-bundle gpu-check gpu-tests gpu-score gpu-encoder constraints audit clean
+.PHONY: help develop demo serve test test-fast test-avx2 lint lint-ci docs wheel check-wheel sanitize bench gpu-bundle gpu-check gpu-tests gpu-score gpu-encoder gpu-pipeline gpu-serve gpu-sanitize constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -32,7 +32,8 @@ help:
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
 	@echo "make audit      known vulnerabilities of what is installed in $(VENV), and its SBOM into build/sbom.json"
 	@echo "make gpu-bundle  what a GPU machine without a network needs, into build/gpu-bundle"
-	@echo "make gpu-check  on a GPU machine, with its own Python: gpu-tests, gpu-score and gpu-encoder, 8 minutes each"
+	@echo "make gpu-check  on a GPU machine, with its own Python: gpu-tests, gpu-score, gpu-encoder, gpu-pipeline, gpu-serve"
+	@echo "                and gpu-sanitize, at most 400 s each; each is a target of its own, too"
 
 develop: $(STAMP)
 
@@ -119,16 +120,19 @@ sanitize: $(STAMP)
 bench: $(STAMP)
 	for subject in encoder score pipeline; do $(BIN)/python tools/benchmark.py $$subject || exit 1; done
 
-# What a GPU machine without a network lacks beside PyTorch, Triton, ONNX Runtime, timm, pytest, pytest-xdist and what
-# builds this tree (nvcc, CMake, pybind11, setuptools); GPU_PYTHON is the version of its Python.
+# What a GPU machine without a network lacks beside PyTorch, Triton, ONNX Runtime, timm, scikit-learn, aiohttp, pytest,
+# pytest-xdist and what builds this tree (nvcc, CMake, pybind11, setuptools); GPU_PYTHON is the version of its Python.
 GPU_PYTHON ?= 3.12
-GPU_PACKAGES := open_clip_torch ftfy wcwidth msgspec
+GPU_PACKAGES := open_clip_torch ftfy wcwidth msgspec \
+	fastapi starlette uvicorn httptools pydantic pydantic_core annotated-types typing-inspection
 
+# Rows that are measured without a repository have the commit of the bundle.
 gpu-bundle: $(STAMP)
 	rm -rf build/gpu-bundle
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --python-version $(GPU_PYTHON) \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --constraint constraints.txt \
 		--dest build/gpu-bundle $(GPU_PACKAGES)
+	$(BIN)/python -c "from iosr_fast.evaluation.provenance import commit; print(commit())" >build/gpu-bundle/COMMIT
 	ls -l build/gpu-bundle
 
 # On the GPU machine, in a checkout with build/gpu-bundle, by its own Python and without pip's index: the bundle and this
@@ -138,38 +142,61 @@ CUDA_ARCHITECTURES ?= 80;90
 
 $(GPU_SITE)/.installed: $(wildcard build/gpu-bundle/*.whl setup.py CMakeLists.txt cmake/*.cmake csrc/*.cpp csrc/*/*)
 	rm -rf $(GPU_SITE)
-	IOSR_FAST_CUDA=1 CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \
+	IOSR_FAST_CUDA=$(if $(filter cuda,$(DEVICE)),1,0) CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \
 		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --target $(GPU_SITE) \
 		build/gpu-bundle/*.whl .
 	cp $(GPU_SITE)/iosr_fast/_C*.so iosr_fast/
 	touch $@
 
-# The tests before the times. Each ends within LIMIT seconds and keeps what it has written by then; one that fails leaves
-# the others to run. DEVICE=cpu with tiny shapes in SCORE_OPTIONS and ENCODER_OPTIONS rehearses all three, with the quick
-# tests of the same files in place of those marked gpu. GPU_FLOOR are those that pass on one GPU without TensorRT.
+# Each target stands alone, ends within LIMIT seconds and keeps what it has written by then, in OUT, as what Triton,
+# PyTorch and TensorRT compiled. In gpu-check one that fails leaves the others to run. DEVICE=cpu with tiny shapes in the
+# OPTIONS rehearses all, with the quick tests of the same files in place of those marked gpu, and without the sanitizer.
+# GPU_FLOOR are those that pass on one GPU without TensorRT.
 OUT ?= build/gpu
 DEVICE ?= cuda
-LIMIT ?= 480
+LIMIT ?= 400
 GPU_TESTS := tests/encoders/test_gpu.py tests/kernels/test_triton.py tests/scoring/test_cuda.py \
-	tests/scoring/test_score.py tests/scoring/test_torch.py
-GPU_FLOOR := 51
+	tests/scoring/test_half_products.py tests/scoring/test_score.py tests/scoring/test_torch.py
+GPU_FLOOR := 52
+GPU_MARK := $(if $(filter cuda,$(DEVICE)),gpu,not slow)
 SCORE_OPTIONS ?= --repeats 30
 ENCODER_OPTIONS ?= --repeats 30 --model ViT-B-16
-GPU_RUN = mkdir -p $(OUT) && PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) timeout $(LIMIT) $(PYTHON)
+PIPELINE_OPTIONS ?= --model ViT-B-16 --pictures 512
+SERVE_OPTIONS ?= --seconds 10 --rounds 2
+SANITIZER ?= $(if $(filter cuda,$(DEVICE)),compute-sanitizer --error-exitcode 9 --target-processes all --tool)
+KEPT = $(abspath $(OUT))/compiled
+GPU_ENV = mkdir -p $(OUT) && export PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) IOSR_FAST_CACHE=$(KEPT)/engines \
+	TRITON_CACHE_DIR=$(KEPT)/triton TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor \
+	IOSR_FAST_COMMIT="$$(cat build/gpu-bundle/COMMIT 2>/dev/null)"
+GPU_RUN = $(GPU_ENV) && timeout $(LIMIT) $(PYTHON)
 
 gpu-check:
-	$(MAKE) --keep-going --jobs=1 gpu-tests gpu-score gpu-encoder
+	$(MAKE) --keep-going --jobs=1 gpu-tests gpu-score gpu-encoder gpu-pipeline gpu-serve gpu-sanitize
 
 gpu-tests: $(GPU_SITE)/.installed
 	export OMP_NUM_THREADS=1; $(GPU_RUN) -m pytest -q --numprocesses $(CORES) --durations 5 \
-		-m "$(if $(filter cuda,$(DEVICE)),gpu,not slow)" $(GPU_TESTS) >$(OUT)/gpu-tests.log 2>&1; status=$$?; \
+		-m "$(GPU_MARK)" $(GPU_TESTS) >$(OUT)/gpu-tests.log 2>&1; status=$$?; \
 	tail -20 $(OUT)/gpu-tests.log; passed=$$(grep -Eo "[0-9]+ passed" $(OUT)/gpu-tests.log | tail -1 | tr -dc 0-9); \
 	test "$${passed:-0}" -ge $(GPU_FLOOR) || { echo "expected $(GPU_FLOOR) tests to pass, $${passed:-0} did"; exit 1; }; \
 	exit $$status
 
-gpu-score gpu-encoder: gpu-%: $(GPU_SITE)/.installed
-	$(GPU_RUN) tools/benchmark.py $* --device $(DEVICE) $($(if $(filter score,$*),SCORE,ENCODER)_OPTIONS) \
-		--json $(OUT)/gpu-$*.json
+gpu-score: GPU_OPTIONS = $(SCORE_OPTIONS)
+gpu-encoder: GPU_OPTIONS = $(ENCODER_OPTIONS)
+gpu-pipeline: GPU_OPTIONS = $(PIPELINE_OPTIONS)
+gpu-score gpu-encoder gpu-pipeline: gpu-%: $(GPU_SITE)/.installed
+	$(GPU_RUN) tools/benchmark.py $* --device $(DEVICE) $(GPU_OPTIONS) --json $(OUT)/gpu-$*.json
+
+# A classifier in the GPU's runtime and precision, behind HTTP.
+gpu-serve: $(GPU_SITE)/.installed
+	$(GPU_ENV) && { test -f $(OUT)/bundle/manifest.json \
+		|| $(PYTHON) -m tools.demo.bundle --out $(OUT)/bundle --runtime auto; } \
+		&& timeout $(LIMIT) $(PYTHON) -m tools.load_test --bundle $(OUT)/bundle $(SERVE_OPTIONS) --json $(OUT)/gpu-serve.json
+
+# Accesses out of bounds, and races in shared memory, of both kernels at the small shapes of these tests.
+gpu-sanitize: $(GPU_SITE)/.installed
+	for tool in memcheck racecheck; do $(GPU_ENV) && timeout $$(($(LIMIT) / 2)) $(SANITIZER) \
+		$(if $(SANITIZER),$$tool) $(PYTHON) -m pytest -q -p no:cacheprovider -m "$(GPU_MARK)" \
+		tests/scoring/test_score.py tests/scoring/test_half_products.py || exit 1; done
 
 constraints: $(STAMP)
 	{ echo "# Made by make constraints: what the tests passed with. Not here, because platforms differ: $(UNCONSTRAINED)."; \

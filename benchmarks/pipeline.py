@@ -1,11 +1,12 @@
 """A folder of photographs to labels.
 
     predict-folder   Classifier.predict_folder: decoding beside the fused encoder, scoring by the compiled kernel, in
-                     the runtime that "auto" chooses; -int8 in 8 bits
-    encoder-only     the same encoder on decoded pictures, as predict_folder calls it: the ceiling; -int8 in 8 bits
+                     the runtime that "auto" chooses; -int8 in 8 bits, on a GPU -fp16
+    predict, fit     Classifier.predict of the same files, and Classifier.fit of some of them
+    encoder-only     the same encoder on decoded pictures, as predict_folder calls it: the ceiling
     obvious-script   the way of the papers' code: PIL, two passes of eager PyTorch in batches of 32, and the formula
                      with its one-hot matrix
-    two-pass         the same pictures and formula, the two passes compiled in ONNX Runtime
+    two-pass         the same pictures and formula, the two passes compiled in ONNX Runtime; on a CPU alone
 
 The photographs are made from the demo's pictures (photographs.py), 65 to 80 KB each. Weights are random, which
 changes no speed; 8 bits are calibrated on other pictures like them. Labels are compared before anything is timed.
@@ -40,7 +41,7 @@ RIVALS_BATCH = 32
 SUPPORT = 32  # pictures, in half as many classes
 # Random weights leave all pictures near one another: keys are centred and weigh more than the texts.
 METHOD = {"method": "tip-adapter++", "alpha": 1000.0, "beta": 5.5, "reducer": "centre"}
-LABELS_EQUAL = {"fp32": 0.999, "int8": 0.9}
+LABELS_EQUAL = {"fp32": 0.999, "fp16": 0.98, "int8": 0.9}
 PACKAGES = ("openvino", "onnxruntime", "torch", "open_clip_torch", "pillow")
 
 
@@ -50,10 +51,14 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 48, first_adapted_blo
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = write_photographs(folder / "photographs", pictures)
-        run.say("writing engines in fp32 and int8")
+        narrow = "fp16" if run.device.is_gpu else "int8"
+        run.say(f"writing engines in fp32 and {narrow}")
         write_engine(clip, adapter, folder / "fp32")
-        convert_engine(folder / "fp32", folder / "int8", "auto", "int8", pictures_of(clip)[0])
-        classifiers = {precision: fit(model, folder / precision, paths) for precision in ("fp32", "int8")}
+        if run.device.is_gpu:
+            write_engine(clip, adapter, folder / narrow, precision=narrow)
+        else:
+            convert_engine(folder / "fp32", folder / narrow, "auto", narrow, pictures_of(clip)[0])
+        classifiers = {precision: fit(model, folder / precision, paths) for precision in ("fp32", narrow)}
 
         def eager() -> rivals.Embed:
             return rivals.in_torch(rivals.literal_passes(clip, adapter, "fp32"), run.device)
@@ -67,20 +72,23 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 48, first_adapted_blo
         def script(open_it: Callable[[], rivals.Embed]) -> Call:
             return partial(by_script, open_it(), paths, clip.geometry, classifiers["fp32"].plan_)
 
-        check = Labels().check
+        check, timed = Labels().check, partial(Candidate, recorded=False)
+        rivals_of = {"obvious-script": eager, **({} if run.device.is_gpu else {"two-pass": compiled})}
         made = {
-            name: Candidate(partial(script, open_it), partial(check, "fp32"), len(paths), "fp32", "encoder-only", True)
-            for name, open_it in (("obvious-script", eager), ("two-pass", compiled))
+            name: timed(partial(script, open_it), partial(check, "fp32"), len(paths), "fp32", "encoder-only", True)
+            for name, open_it in rivals_of.items()
         }
         for precision, classifier in classifiers.items():
             suffix = "" if precision == "fp32" else f"-{precision}"
             ceiling = f"encoder-only{suffix}"
             predict = partial(labels_of, classifier, folder / "photographs", run.threads)
             encode = partial(encode_files, classifier, paths, run.threads, DecodedOnce())
-            made[f"predict-folder{suffix}"] = Candidate(
-                ready(predict), partial(check, precision), len(paths), precision, ceiling
-            )
-            made[ceiling] = Candidate(ready(encode), work=len(paths), precision=precision, ceiling=ceiling)
+            in_memory = partial(numbers, classifier.predict, paths)
+            again = partial(fit, model, folder / precision, paths)
+            for name, call in (("predict-folder", predict), ("predict", in_memory)):
+                made[name + suffix] = timed(ready(call), partial(check, precision), len(paths), precision, ceiling)
+            made[f"fit{suffix}"] = timed(ready(again), work=SUPPORT, precision=precision)
+            made[ceiling] = timed(ready(encode), work=len(paths), precision=precision, ceiling=ceiling)
         case = f"{model.lower()}-{pictures}-photographs-s{adapter.config.first_adapted_block}"
         run.case(case, made, "images/s", PACKAGES, bursts=False)
 
@@ -108,7 +116,12 @@ class Labels:
 
 
 def labels_of(classifier: Classifier, folder: Path, threads: int) -> np.ndarray:
-    return np.array([int(label) for label in classifier.predict_folder(folder, threads=threads).labels.tolist()])
+    return numbers(lambda: classifier.predict_folder(folder, threads=threads).labels)
+
+
+def numbers(predict: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
+    """Labels, whose names are numbers."""
+    return np.array([int(label) for label in predict(*given).tolist()])
 
 
 def by_script(embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry, plan: ScoringPlan) -> np.ndarray:
@@ -117,7 +130,7 @@ def by_script(embed: rivals.Embed, paths: Sequence[Path], geometry: Geometry, pl
     parts = []
     for start in range(0, len(paths), RIVALS_BATCH):
         batch = [resize_and_crop(open_image(path), geometry) for path in paths[start : start + RIVALS_BATCH]]
-        parts.append([torch.as_tensor(rows) for rows in embed(np.stack(batch))])
+        parts.append([torch.as_tensor(rows).cpu() for rows in embed(np.stack(batch))])
     plain, adapted = map(torch.cat, zip(*parts, strict=True))
     centred = torch.nn.functional.normalize(adapted - torch.tensor(plan.reducer_shift), dim=-1)
     return np.asarray(papers_logits(plain, centred, *papers_arrays(plan)).argmax(1))

@@ -22,8 +22,8 @@ def cpu_description() -> str:
 def commit(root: Path = ROOT) -> str:
     """The checked-out commit of the source tree `root`, with +dirty if tracked or new files differ from it.
 
-    benchmarks/results is ignored, because a run writes there. Without its own repository, as in an installed package,
-    the version, such as "version 0.2.0".
+    benchmarks/results is ignored, because a run writes there. Without its own repository it is IOSR_FAST_COMMIT, or as
+    in an installed package the version, such as "version 0.2.0".
     """
 
     def git(*arguments: str) -> str | None:
@@ -38,7 +38,7 @@ def commit(root: Path = ROOT) -> str:
     if top is None or head is None or not os.path.samefile(top, root):
         from iosr_fast import __version__
 
-        return f"version {__version__}"
+        return os.environ.get("IOSR_FAST_COMMIT") or f"version {__version__}"
     return head + ("+dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
 
 

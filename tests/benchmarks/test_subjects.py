@@ -162,7 +162,7 @@ def test_pipeline(exports_once: None) -> None:
     run = Run("pipeline", threads=1, repeats=1)
     pipeline.run(run, "demo", pictures=8, first_adapted_block=3)
     rows = by_name(run)
-    ours = {"predict-folder", "predict-folder-int8", "encoder-only", "encoder-only-int8"}
+    ours = {f"{name}{bits}" for name in ("predict-folder", "predict", "fit", "encoder-only") for bits in ("", "-int8")}
     assert set(rows) == ours | {"obvious-script", "two-pass"}
     for name in ours:
         assert rows[name]["precision"] == ("int8" if "int8" in name else "fp32")
@@ -222,7 +222,7 @@ def test_the_script_prints_rows_and_writes_them(tmp_path: Path) -> None:
     assert {row["case"] for row in json.loads((tmp_path / "rows.json").read_text())} == {"q2-k64-d16-c4"}
     for wrong, said in (
         (["score", "--model", "demo"], "expected no --model with score"),
-        (["pipeline", "--device", "cuda"], "expected --device cpu with pipeline"),
+        (["one-file", "--device", "cuda"], "expected --device cpu with one-file"),
         (["score", "--case", "q0-k1-d1-c1"], "expected a case like"),
     ):
         refused = CliRunner().invoke(command_app(main, ListCommand), [*wrong, "--json", str(tmp_path / "other.json")])

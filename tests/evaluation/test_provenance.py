@@ -20,6 +20,9 @@ def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance.commit(tmp_path) == f"version {__version__}"
+    monkeypatch.setenv("IOSR_FAST_COMMIT", "0123456789ab")  # of a copy without its repository
+    assert provenance.commit(tmp_path) == "0123456789ab"
+    monkeypatch.delenv("IOSR_FAST_COMMIT")
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "first")
     head = git("rev-parse", "HEAD").strip()

@@ -6,6 +6,7 @@ python tools/demo/bundle.py --out build/demo-bundle
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import typer
@@ -21,15 +22,19 @@ Labelled = tuple[np.ndarray, list[str]]  # pictures and their class names
 
 
 def make_demo_bundle(
-    folder: str | Path, classes: int = CLASSES, shots: int = SHOTS, method: str = "tip-adapter++"
+    folder: str | Path,
+    classes: int = CLASSES,
+    shots: int = SHOTS,
+    method: str = "tip-adapter++",
+    runtime: Literal["auto", "onnxruntime"] = "onnxruntime",
 ) -> Path:
-    """Fit `classes` held-out concepts from `shots` pictures each, in ONNX Runtime, and save to `folder`.
+    """Fit `classes` held-out concepts from `shots` pictures each, in `runtime`, and save to `folder`.
 
     Concepts are evenly spaced in Unicode's order, because neighbours look alike. Parameters are chosen by
     leave-one-out.
     """
     (images, labels), _ = _draw(classes, shots)
-    classifier = Classifier("demo", runtime="onnxruntime", method=method)
+    classifier = Classifier("demo", runtime=runtime, method=method)
     classifier.fit(images, labels, class_names=list(dict.fromkeys(labels)))
     classifier.save(folder)
     return Path(folder)
@@ -58,9 +63,10 @@ def _draw(classes: int, shots: int) -> tuple[Labelled, Labelled]:
 
 def main(
     out: Path = typer.Option(Path("build/demo-bundle"), help="the folder to write"),
+    runtime: Literal["auto", "onnxruntime"] = typer.Option("onnxruntime", help="auto: the GPU's, where there is one"),
 ) -> None:
     check_new_folder(out, "classifier")
-    make_demo_bundle(out, method="auto")
+    make_demo_bundle(out, method="auto", runtime=runtime)
     loaded = Classifier.load(out)
     images, labels = held_out_queries()
     print(
