@@ -194,7 +194,7 @@ gpu-serve: $(GPU_SITE)/.installed
 
 # Accesses out of bounds, and races in shared memory, of both kernels at the small shapes of these tests.
 gpu-sanitize: $(GPU_SITE)/.installed
-	for tool in memcheck racecheck; do $(GPU_ENV) && timeout $$(($(LIMIT) / 2)) $(SANITIZER) \
+	export OMP_NUM_THREADS=1; for tool in memcheck racecheck; do $(GPU_ENV) && timeout $$(($(LIMIT) / 2)) $(SANITIZER) \
 		$(if $(SANITIZER),$$tool) $(PYTHON) -m pytest -q -p no:cacheprovider -m "$(GPU_MARK)" \
 		tests/scoring/test_score.py tests/scoring/test_half_products.py || exit 1; done
 

@@ -30,7 +30,7 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.clip.dual_blocks import AttentionPool, AveragePool, Block, LastBlock, Norm, activate  # noqa: E402
+from iosr_fast.clip.dual_blocks import AttentionPool, AveragePool, Block, LastBlock, Mlp, Norm, activate  # noqa: E402
 from iosr_fast.clip.dual_config import DualEncoderConfig  # noqa: E402
 
 POOLS = {"avg": AveragePool, "map": AttentionPool}
@@ -91,9 +91,11 @@ class DualEncoder(nn.Module):
             encoder = cls(DualEncoderConfig.from_dict(config))
         return encoder.to_empty(device="cpu").eval().requires_grad_(False)
 
+    @torch.no_grad()
     def for_gpu(self) -> Self:
-        """Fewer and larger kernels, for a GPU: one product for queries, keys and values, and LayerNorms that take and
-        give the dtype of the products. Gamma and beta are rounded to it; statistics stay fp32. Changes the module.
+        """Fewer and larger kernels, for a GPU: one product for queries, keys and values, one kernel for an activation,
+        and LayerNorms that take and give the dtype of the products. Gamma and beta are rounded to it; statistics stay
+        fp32. Changes the module.
 
         The module of the files keeps three products, by whose names a graph is quantised.
         """
@@ -101,6 +103,8 @@ class DualEncoder(nn.Module):
             if isinstance(part, Block) and not isinstance(part, LastBlock):
                 part.join_projections()
         for part in self.modules():
+            if isinstance(part, Mlp):
+                part.fold_activation()
             if isinstance(part, Norm) and part is not self.ln_pre:  # which reads fp32
                 part.to(self.shapes.dtype)
         return self

@@ -103,6 +103,20 @@ def test_half_precision_is_close_and_the_config_survives_json(
         assert min((rows * right).sum(1).min() for rows in (got, other)) > cosine
 
 
+def test_quick_gelu_is_one_kernel_on_a_gpu() -> None:
+    clip, pixels = small_clip(quick_gelu=True), random_pixels(3, 32)
+    adapter = random_adapter(clip, 1)
+    encoder = build_dual_encoder(clip, adapter).for_gpu()
+    with torch.profiler.profile() as profile:
+        got = run(encoder, pixels)
+    equal(got, two_passes(clip, adapter, pixels))
+    counts = Counter(event.name for event in profile.events())
+    assert counts["aten::silu"] == len(encoder.blocks) and not counts["aten::sigmoid"]
+    half = build_dual_encoder(clip, adapter, "fp16").for_gpu()
+    for got, right in zip(run(half, pixels), two_passes(clip, adapter, pixels), strict=True):
+        assert (got * right).sum(1).min() > 0.9999
+
+
 @ANY_FAMILY
 def test_the_form_for_a_gpu_computes_the_same_in_fewer_kernels(family: str) -> None:
     clip = family_clip(family)
