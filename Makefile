@@ -157,7 +157,7 @@ DEVICE ?= cuda
 LIMIT ?= 400
 GPU_TESTS := tests/encoders/test_gpu.py tests/kernels/test_triton.py tests/scoring/test_cuda.py \
 	tests/scoring/test_half_products.py tests/scoring/test_score.py tests/scoring/test_torch.py
-GPU_FLOOR := 52
+GPU_FLOOR := 54
 GPU_MARK := $(if $(filter cuda,$(DEVICE)),gpu,not slow)
 SCORE_OPTIONS ?= --repeats 30
 ENCODER_OPTIONS ?= --repeats 30 --model ViT-B-16

@@ -104,7 +104,7 @@ class Encoders:
             fused(torch.from_numpy(self.pictures[:1].copy()))
         self.gflop = counter.get_total_flops() / 1e9  # a picture
         self.precision = "fp16" if run.device.is_gpu else "fp32"
-        self.fused = build_dual_encoder(clip, adapter, "fp16") if run.device.is_gpu else fused
+        self.fused = build_dual_encoder(clip, adapter, "fp16").for_gpu() if run.device.is_gpu else fused
         self.fused_fp32, self.built = fused, dict[str, dict[str, float]]()  # engines, by runtime: facts for rows
 
     def candidates(self, batch: int) -> dict[str, Candidate]:

@@ -315,13 +315,19 @@ def test_the_parsers_refusal_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torch", "tensorrt", "tensorrt_rtx"])
-def test_graphs_and_eager_runs_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision", "error"),
+    [("torch", "fp32", 1e-4), ("torch", "fp16", 5e-3), ("torch", "bf16", 4e-2)]
+    + [(name, "fp16", 5e-3) for name in ("tensorrt", "tensorrt_rtx")],
+)
+def test_graphs_and_eager_runs_on_a_gpu(
+    name: str, precision: str, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if (reason := unavailable_reason(name)) is not None or not torch.cuda.is_available():
         pytest.skip(reason or "PyTorch sees no NVIDIA GPU")
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     clip, pixels = small_clip(), random_pixels(9, 32)
-    adapter, precision = random_adapter(clip, 1), "fp32" if name == "torch" else "fp16"
+    adapter = random_adapter(clip, 1)
     made = write_engine(clip, adapter, tmp_path / "engine", name, precision, 6)
     assert made["check"][name]["random"]["adapted"]["min_cosine"] > 0.999
     files = sorted((tmp_path / "engine").rglob("*"))
@@ -335,7 +341,7 @@ def test_graphs_and_eager_runs_on_a_gpu(name: str, tmp_path: Path, monkeypatch: 
             encoder.encode(pixels[::-1])
             assert there.plain.is_cuda
             for got, right in zip((there.to_numpy().plain, there.to_numpy().adapted), expected, strict=True):
-                np.testing.assert_allclose(got, right, atol=1e-4 if name == "torch" else 5e-3)
+                np.testing.assert_allclose(got, right, atol=error)
     assert len(list((tmp_path / "cache").rglob("*.kernels"))) == (name == "tensorrt_rtx")
     assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"
 
