@@ -50,17 +50,17 @@ SUBJECTS = {
     "adapter-place": "Accuracy in % by the adapter's place in the demo's CLIP.",
     "dino": "Accuracy in % of an adapter trained with DINO, without labels.",
 }
-SUBJECTS |= {f"gpu-{name}": f"On a GPU. {SUBJECTS[name]}" for name in ("encoder", "score")}
+SUBJECTS |= {f"gpu-{name}": f"On a GPU. {SUBJECTS[name]}" for name in ("encoder", "score", "pipeline")}
 # What the rows of `make gpu-check` decide, and nothing before: an open question, and its rows.
 OPEN = {
-    "fp16 as the default on a GPU": "encoder: `torch`, `torch-fp32`; score: `:fp16`",
-    "`max_batch` of 128": "encoder: `torch-engine`, `tensorrt-engine` at b32 and b128",
+    "half precision as the default on a GPU": "encoder: `torch`, `torch-fp32`; score: `:default`",
+    "`max_batch` of 256": "encoder: `torch-engine`, `tensorrt-engine` at b128 and b256",
     "one batch in flight (`files/stream.py`)": "encoder: `torch-engine` over `torch` at b32",
     "CUDA uint8 tensors for `encode_on_device`": "encoder: `torch-engine` minus `torch` at b128",
     "the fused encoder by torch.compile": "encoder: `torch-compile` over `torch`; the seconds of its first call",
     "a timing cache for plans": "encoder: `build_seconds` of `tensorrt-engine`",
-    "above 256 classes, two products through an fp16 (B, N) chunk in L2": "score, c1000-values: `eager-best`, the same "
-    "through memory, over `triton/values:fp16`",
+    "values in two products through L2": "score, c1000-values: `eager-best`, through memory, over `triton/values:fp16`",
+    "queries up to which CUDA scores": "score: `cuda`, `triton` at q1",
 }
 # Of benches whose rows are lines: the first columns, where a row has them, and the others, with their formats.
 FIRST = {"case": "", "impl": "", "ms": "", "server": "", "load": ".0%", "method": "", "of": "", "shots": ""}
