@@ -50,6 +50,11 @@ def test_a_few_queries_wait_for_memory_and_a_batch_does_not() -> None:
     assert by_triton(batch, "int8").bound(H100)[0] < by_cuda(batch, "int8").bound(H100)[0]
 
 
+def test_each_block_of_queries_reads_all_keys_through_l2_and_hbm_has_them_once() -> None:
+    one, two = (by_triton(Case(queries, 16000, 512, 1000), "fp16") for queries in (256, 512))
+    assert two.l2 == 2 * one.l2 > 3 * one.hbm and two.hbm < 1.1 * one.hbm
+
+
 def test_a_bound_is_the_longest_part_and_work_adds_up() -> None:
     card = Work(10.0, 10.0, 10.0, 10.0, 10.0)
     assert Work(hbm=20.0, tensor=10.0).bound(card) == (2.0, "hbm")

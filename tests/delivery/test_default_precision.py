@@ -19,7 +19,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.engine_folder import Runtime
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export import build, check
+from iosr_fast.export import build, candidates, check
+from iosr_fast.export.candidates import Candidate, list_candidates
 from iosr_fast.export.precision import default_batch, default_precisions
 from iosr_fast.utils import machine
 from tests.clip.small_clip import small_clip
@@ -88,12 +89,14 @@ def test_embeddings_on_a_gpu_are_checked_by_their_logits() -> None:
 
 
 @pytest.mark.slow
-def test_a_gpus_default_is_half_precision_and_fp32_is_fp32(classifier: Classifier, data: Any) -> None:
+def test_a_gpus_default_is_half_precision_and_fp32_is_fp32(classifier: Classifier, data: Any, tmp_path: Path) -> None:
     by_default = classifier.fit(*data).predict_proba(data[0])
     assert classifier.get_params()["precision"] is classifier.get_params()["key_precision"] is None
     assert precision(classifier) == "fp16" and classifier.plan_.half_on_gpu
     classifier.set_params(precision="fp32", key_precision="fp32").fit(*data)
     assert precision(classifier) == "fp32" and not classifier.plan_.half_on_gpu
+    classifier.save(tmp_path / "saved")
+    assert not Classifier.load(tmp_path / "saved").plan_.half_on_gpu
     np.testing.assert_allclose(by_default, classifier.predict_proba(data[0]), atol=0.02)
 
 
@@ -104,6 +107,11 @@ def test_wrong_embeddings_leave_half_precision_out(
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "with bf16"))
     monkeypatch.setitem(check.MIN_COSINES, "fp16", 1.1)
     assert precision(classifier) == "bf16"
+    source = classifier.encoder.source
+    assert source is not None and source.manifest["dual_encoder"]["precision"] == "bf16"
+    monkeypatch.setattr(candidates, "this_gpu", lambda: H100)
+    monkeypatch.setattr(candidates, "openvino_core", None)  # which knows the CPU's bf16 alone
+    assert Candidate("torch", "bf16") in list_candidates(source, 0)
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "without"))
     monkeypatch.setitem(check.MIN_COSINES, "bf16", 1.1)
     assert precision(Classifier(**classifier.get_params())) == "fp32"

@@ -60,7 +60,9 @@ def encoder(engine: Path, fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) ->
     """PyTorch's encoder for batches of up to 6, on the stand-in for a GPU."""
     on_gpu = lambda module: lambda pixels: fake_gpu.launch(lambda: module(pixels))  # noqa: E731
     monkeypatch.setattr(torch.nn.Module, "cuda", on_gpu)
-    return TorchEncoder(engine, read_manifest(engine, "engine"))
+    opened = TorchEncoder(engine, read_manifest(engine, "engine"))
+    assert hasattr(opened._encoder.blocks[0], "qkv_weight"), "in its form for a GPU"
+    return opened
 
 
 def check_embeddings(encoder: TorchEncoder, batch: int) -> None:
