@@ -44,7 +44,7 @@ def test_without_a_model_it_is_photographs_and_says_so_once(
         ({"engine": "nowhere"}, "expected a folder with a manifest.json"),
         ({"runtime": "abacus"}, "expected runtime 'auto' or one of"),
         ({"precision": "fp7"}, "expected precision 'auto' or one of"),
-        ({"precision": "bf16", "runtime": "torch"}, "which compute in bf16"),
+        ({"precision": "bf16", "runtime": "onnxruntime"}, "which compute in bf16"),
         ({"pretrained": "no-such-tag"}, "has no pretrained tag 'no-such-tag'"),
         ({"pretrained": None}, "expected weights for"),
         ({"model": "ViT-Z-99"}, "one of open_clip's models"),

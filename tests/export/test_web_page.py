@@ -98,6 +98,7 @@ def test_without_its_runtime_it_says_the_commands(page: Any) -> None:
 
 def test_another_model_than_the_pages_is_refused(page: Any) -> None:
     """Its classes have other names; a browser may keep an older model. A server tells files apart by whole seconds."""
+    page.locator("#stage").wait_for()  # the whole first model is read
     page.refused = "integrity"
     model = page.files / "model.onnx"
     model.write_bytes(model.read_bytes() + b" ")
