@@ -33,12 +33,12 @@ from benchmarks.ceilings import GEMM, LAUNCH, gemm, launch
 from benchmarks.encoder_rivals import Embed
 from benchmarks.harness import Candidate, Run
 from benchmarks.photographs import photograph
-from iosr_fast.clip.adapter import Adapter, random_adapter
-from iosr_fast.clip.demo.pictures import held_out, load_pictures
-from iosr_fast.clip.fuse import build_dual_encoder
-from iosr_fast.clip.load import LoadedModel, load_clip
-from iosr_fast.clip.two_pass import two_passes
-from iosr_fast.clip.vision_tower import vision_tower
+from iosr_fast.backbones.adapter import Adapter, random_adapter
+from iosr_fast.backbones.demo.pictures import held_out, load_pictures
+from iosr_fast.backbones.fuse import build_dual_encoder
+from iosr_fast.backbones.load import LoadedModel, load_clip
+from iosr_fast.backbones.two_pass import two_passes
+from iosr_fast.backbones.vision_tower import vision_tower
 from iosr_fast.encoders.engine_folder import EXTRAS, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core

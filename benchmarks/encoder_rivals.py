@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from benchmarks.devices import Device
-from iosr_fast.clip.adapter import Adapter, adapted_pass
-from iosr_fast.clip.load import LoadedModel
-from iosr_fast.clip.plain_encoder import PlainEncoder
-from iosr_fast.clip.two_pass import TwoPasses
+from iosr_fast.backbones.adapter import Adapter, adapted_pass
+from iosr_fast.backbones.load import LoadedModel
+from iosr_fast.backbones.plain_encoder import PlainEncoder
+from iosr_fast.backbones.two_pass import TwoPasses
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx import export_onnx
 

@@ -21,8 +21,8 @@ from PIL import Image
 from benchmarks.harness import Run
 from benchmarks.photographs import photograph
 from benchmarks.runtimes import Answer, compile_recipe, install, runtimes
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.evaluation.table import facts
 from iosr_fast.images.preprocess import open_image
 from tools.demo.bundle import make_demo_bundle

@@ -20,11 +20,11 @@ import numpy as np
 import typer
 from safetensors.torch import save_file
 
+from iosr_fast.backbones.adapter import random_adapter, save_adapter
+from iosr_fast.backbones.demo.pictures import load_pictures
+from iosr_fast.backbones.load import load_clip
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import new_file, run
-from iosr_fast.clip.adapter import random_adapter, save_adapter
-from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.clip.load import load_clip
 from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
 from iosr_fast.export.build import convert_engine, write_engine

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.exceptions import IosrFastError
 
 WIDTH, HEIGHT, QUALITY, DEVIATION = 500, 375, 88, 24.0

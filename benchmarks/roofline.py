@@ -26,10 +26,10 @@ import typer
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.score import BATCH, BY_CLASS, DEFAULT_CASES, KEY_BYTES, MANY_KEYS, Case
+from iosr_fast.backbones.dual_blocks import Norm
+from iosr_fast.backbones.dual_config import DualEncoderConfig
+from iosr_fast.backbones.dual_encoder import DualEncoder
 from iosr_fast.cli.command import run
-from iosr_fast.clip.dual_blocks import Norm
-from iosr_fast.clip.dual_config import DualEncoderConfig
-from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.kernels.affinity_sums import BLOCK, PARTIAL_BYTES, tile_of
 from iosr_fast.scoring.dispatch import FEW_PRODUCTS, FEW_QUERIES, READS_ALONE
 from tools.report import table

@@ -285,7 +285,7 @@ class Classifier(Answering, Changing, Estimator):
     def _open(self, texts: Any = None) -> OpenedModel:
         """The model that the parameters name; a loaded classifier's own, until `set_params` names another. `texts` are
         class names, templates and descriptions; a model that reads names is refused where these are None."""
-        from iosr_fast.clip.image_models import is_image_model
+        from iosr_fast.backbones.image_models import is_image_model
 
         named = {name: getattr(self, name) for name in OPENING}
         given = self._given_clip[1] if self._given_clip is not None and self._given_clip[0] == named else None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import iosr_fast
-from iosr_fast.clip.demo import pictures
+from iosr_fast.backbones.demo import pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.key_precision import KeyPrecision

@@ -21,7 +21,8 @@ VARIABLE = "IOSR_FAST_CACHE"
 CACHES = ROOT / "build" / "test-cache"
 UNUSED_S = 24 * 3600
 # The code that computes an engine, a text encoder and a saved classifier.
-SOURCES = ("clip", "delivery", "encoders", "export", "head", "images", "methods", "scoring", "sealed", "store", "utils")
+SOURCES = ("backbones", "delivery", "encoders", "export", "head", "images", "methods", "scoring", "sealed")
+SOURCES += ("store", "utils")
 
 
 @functools.cache
@@ -101,7 +102,8 @@ def export_once(encoder: Any, path: Path) -> None:
         weights.update(value.numpy().tobytes())
     packages = ("torch", "onnx", "onnxscript", "open_clip_torch", "timm")
     facts = [str(getattr(encoder, "config", encoder)), weights.hexdigest(), *map(version, packages)]
-    rooms = ("iosr_fast/clip", "iosr_fast/export", "tests/clip")  # whose helpers choose what a plain encoder computes
+    # The helpers of the tests choose what a plain encoder computes.
+    rooms = ("iosr_fast/backbones", "iosr_fast/export", "tests/backbones")
     code = [file for room in rooms for file in (ROOT / room).rglob("*.py") if not file.name.startswith("test_")]
     cached = build_once("export", code, facts, lambda folder: export_onnx(encoder, folder / "encoder.onnx"))
     assert path.name == "encoder.onnx", "the graph names the weights file, encoder.weights"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.methods import METHODS
 from tests.store.live_parts import refit

@@ -91,8 +91,8 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if runs_what_it_reads(node)
     ]
-    # The bytes of that archive have the SHA-256 that OpenAI published: tests/clip/test_load.py.
-    assert hits == ["iosr_fast/clip/load.py: torch.jit.load(archive, map_location='cpu')"]
+    # The bytes of that archive have the SHA-256 that OpenAI published: tests/backbones/test_load.py.
+    assert hits == ["iosr_fast/backbones/load.py: torch.jit.load(archive, map_location='cpu')"]
 
 
 UNSAFE_LINES = """import pickle

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from examples.label_studio import backend as module
 from examples.label_studio.backend import LOCAL, MAX_BODY, Backend, Picture, make_app
 from iosr_fast import Classifier, IosrFastError, labelled_images
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.images.limits import DecodeLimits
 from tests.pictures import encode
 

@@ -14,8 +14,8 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from benchmarks.photographs import photograph
 from iosr_fast import Classifier
-from iosr_fast.clip.demo.pictures import FOLDER, load_pictures
-from iosr_fast.clip.load import LoadedModel, load_clip
+from iosr_fast.backbones.demo.pictures import FOLDER, load_pictures
+from iosr_fast.backbones.load import LoadedModel, load_clip
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.images.geometry import Geometry

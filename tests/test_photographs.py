@@ -12,8 +12,8 @@ import pillow_heif
 import pytest
 from PIL import Image, features
 
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.images.preprocess import open_image
 from iosr_fast.serving.batching import BatchingClassifier
 from tests.demo_cache import shared_cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import iosr_fast
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.info import simd_paths
 
 STEP, SHOTS = 30, 3  # neighbours among the concepts look alike

@@ -23,9 +23,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import new_file, run
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.evaluation.provenance import commit, write_rows
 from iosr_fast.evaluation.table import facts
 from tools.load_test import CONNECTIONS, LONE, PACKAGES

@@ -41,9 +41,9 @@ from PIL import Image, ImageEnhance
 from scipy.stats import binom, binomtest
 
 from benchmarks.claims.claim import Claim, Draws, fit, rows_of
-from iosr_fast.clip.demo.pictures import load_pictures, only
-from iosr_fast.clip.load import load_clip
-from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.backbones.demo.pictures import load_pictures, only
+from iosr_fast.backbones.load import load_clip
+from iosr_fast.backbones.prompts import embed_classes
 from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.evaluation.features import TAU, open_sources

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
-from iosr_fast.clip.demo.pictures import held_out, load_index
-from iosr_fast.clip.load import load_clip
-from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.backbones.demo.pictures import held_out, load_index
+from iosr_fast.backbones.load import load_clip
+from iosr_fast.backbones.prompts import embed_classes
 from iosr_fast.evaluation.features import open_sources
 
 

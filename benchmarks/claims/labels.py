@@ -39,9 +39,9 @@ from benchmarks.claims.automation import CHANCE, SECONDS, DataSet, of_draws, poo
 from benchmarks.claims.claim import Claim, Draws, fit, rows_of
 from benchmarks.claims.photographs import embedded
 from iosr_fast import Embeddings, labelled_images
-from iosr_fast.clip.demo.pictures import POOL, held_out, only
-from iosr_fast.clip.load import load_clip
-from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.backbones.demo.pictures import POOL, held_out, only
+from iosr_fast.backbones.load import load_clip
+from iosr_fast.backbones.prompts import embed_classes
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.evaluation.features import TAU, open_sources

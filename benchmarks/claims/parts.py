@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
-from iosr_fast.clip.demo.pictures import POOL, held_out, load_pictures, only
-from iosr_fast.clip.load import load_clip
-from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.backbones.demo.pictures import POOL, held_out, load_pictures, only
+from iosr_fast.backbones.load import load_clip
+from iosr_fast.backbones.prompts import embed_classes
 from iosr_fast.evaluation.demo import torch_encoder
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.images.crop import Box, Crop

@@ -24,7 +24,7 @@ from scipy.cluster.hierarchy import fcluster, ward
 
 from benchmarks.claims.automation import PROMISES, answers, drawn, of_promises, opened
 from benchmarks.claims.claim import Claim, Draws, fit
-from iosr_fast.clip.demo.pictures import held_out, load_index
+from iosr_fast.backbones.demo.pictures import held_out, load_index
 from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.tasks import TaskSource
 from iosr_fast.methods.conformal import Judged, of_logits

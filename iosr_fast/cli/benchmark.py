@@ -84,7 +84,7 @@ def read_files(folder: Path | None, count: int) -> tuple[list[bytes], str]:
     else:
         from PIL import Image
 
-        from iosr_fast.clip.demo.pictures import load_pictures
+        from iosr_fast.backbones.demo.pictures import load_pictures
 
         for picture in load_pictures("held-out").images[:count]:
             file = BytesIO()

@@ -67,8 +67,8 @@ def build_engine(
         raise typer.BadParameter("expected --max-error and --reject-unknown only with --classifier")
     if not model.endswith(".onnx"):
         require_installed("torch", "cpu")
-    from iosr_fast.clip.load import LoadedModel
-    from iosr_fast.clip.models import check_adaptable, check_model, is_fused
+    from iosr_fast.backbones.load import LoadedModel
+    from iosr_fast.backbones.models import check_adaptable, check_model, is_fused
     from iosr_fast.export.build import write_engine
     from iosr_fast.export.check import calibration_pictures
     from iosr_fast.export.precision import QUANTISED, choose_builder, default_precisions, first_right
@@ -89,7 +89,7 @@ def build_engine(
     clip = load(model, pretrained, precision or "fp32")
     fused = None
     if isinstance(clip, LoadedModel):
-        from iosr_fast.clip.adapter import random_adapter
+        from iosr_fast.backbones.adapter import random_adapter
 
         fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
     quantised = precision in QUANTISED
@@ -126,7 +126,7 @@ def build_classifier(
 
 def demo_pictures(geometry: Geometry) -> np.ndarray:
     """Some of the demo's pictures at the model's size, to check an engine on: uint8 (N, size, size, 3)."""
-    from iosr_fast.clip.demo.pictures import load_pictures
+    from iosr_fast.backbones.demo.pictures import load_pictures
     from iosr_fast.export.check import CHECKED_PICTURES, evenly
     from iosr_fast.images.preprocess import to_pixels
 

@@ -11,7 +11,7 @@ import typer
 from iosr_fast.cli.options import argument, option
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.models import ModelSupport
+    from iosr_fast.backbones.models import ModelSupport
 
 
 KINDS = {
@@ -40,7 +40,7 @@ def models(
     iosr-fast models ViT-B-16-SigLIP2
     iosr-fast models timm/vit_small_patch14_dinov2
     """
-    from iosr_fast.clip.models import describe_model, list_models
+    from iosr_fast.backbones.models import describe_model, list_models
 
     listed = list_models() if name is None else [describe_model(name)]
     if as_json:

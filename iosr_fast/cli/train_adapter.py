@@ -60,10 +60,10 @@ def train_adapter(
     training = {"epochs": epochs, "batch": batch, "learning_rate": learning_rate, "seed": seed}
     given = {"first_adapted_block": first_adapted_block, "bottleneck": bottleneck}
     require_installed("torch", "train")
-    from iosr_fast.clip.adapter import init_adapter
-    from iosr_fast.clip.load import load_clip
-    from iosr_fast.clip.models import check_adaptable, check_model
-    from iosr_fast.clip.vision_tower import vision_tower
+    from iosr_fast.backbones.adapter import init_adapter
+    from iosr_fast.backbones.load import load_clip
+    from iosr_fast.backbones.models import check_adaptable, check_model
+    from iosr_fast.backbones.vision_tower import vision_tower
     from iosr_fast.training.adapted_encoder import AdaptedEncoder
     from iosr_fast.training.config import PRESETS, read_settings
     from iosr_fast.training.objectives import local_size
@@ -119,7 +119,7 @@ def read_data(data: Path, nested: bool = False) -> tuple[list[Path], list[str]]:
 
 def check_out(out: Path) -> None:
     """Raise ValueError or OSError if the trained adapter couldn't be written, or would replace a file that is none."""
-    from iosr_fast.clip.adapter import load_adapter
+    from iosr_fast.backbones.adapter import load_adapter
 
     if out.is_dir():
         raise IosrFastError(f"expected --out as the file to write, got the folder {out}; add a name to it")
@@ -164,7 +164,7 @@ def begun_training(folder: Path, settings: Any) -> Iterator[None]:
 
 def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric: Any) -> None:
     """Train, with the bar, and write the settings and `out`."""
-    from iosr_fast.clip.adapter import save_adapter
+    from iosr_fast.backbones.adapter import save_adapter
     from iosr_fast.training import train as training
     from iosr_fast.training.progress import TrainingBar
 

@@ -108,7 +108,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     fingerprint: Fingerprint
     export_version: Positive
     opset: Positive | None
-    # None: an encoder that is not fused (clip.plain_encoder).
+    # None: an encoder that is not fused (backbones.plain_encoder).
     dual_encoder: dict[str, int | float | str | bool | list[list[int]] | None] | None
     versions: dict[str, str | None]
     device: Name

@@ -12,8 +12,8 @@ from iosr_fast.encoders.engine_folder import has_plain_form
 from iosr_fast.encoders.text_encoder import TextSource
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.adapter import Adapter
+    from iosr_fast.backbones.load import LoadedModel
 
 _opening = threading.Lock()  # of the process: a model with a lock of its own could not be pickled
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.clip.prompts import Descriptions, check_templates, class_texts
-from iosr_fast.clip.tokenizer import Tokenizer
+from iosr_fast.backbones.prompts import Descriptions, check_templates, class_texts
+from iosr_fast.backbones.tokenizer import Tokenizer
 from iosr_fast.exceptions import UnavailableError
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
@@ -57,7 +57,7 @@ class TextEncoder:
     ) -> np.ndarray:
         """(C, D) float32, L2-normalised: the mean of the unit embeddings of each class's texts (prompts.class_texts).
 
-        `templates` default to those of the CLIP. Equals `clip.prompts.embed_classes`, in batches of 32 texts, so memory
+        `templates` default to those of the CLIP. Equals `prompts.embed_classes`, in batches of 32 texts, so memory
         does not grow with C. Raises ValueError as `check_templates` and `class_texts` do; RuntimeError for damaged
         files; ImportError without the `serve` extra.
         """

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.clip.demo.pictures import POOL, Pictures, held_out
+from iosr_fast.backbones.demo.pictures import POOL, Pictures, held_out
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.tasks import EncodedSet, TaskSource
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
 
 NAME = "demo"
 BATCH = 64
@@ -30,8 +30,8 @@ def torch_encoder(clip: LoadedModel, adapter: Any) -> Encode:
     """
     import torch
 
-    from iosr_fast.clip.fuse import build_dual_encoder, unfusible_reason
-    from iosr_fast.clip.plain_encoder import PlainEncoder
+    from iosr_fast.backbones.fuse import build_dual_encoder, unfusible_reason
+    from iosr_fast.backbones.plain_encoder import PlainEncoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip.model.visual.to(device)
@@ -47,7 +47,7 @@ def torch_encoder(clip: LoadedModel, adapter: Any) -> Encode:
 
 def encode(run: Encode, clip: LoadedModel, pictures: Pictures, text: np.ndarray | None = None) -> EncodedSet:
     """Every picture, by `run` in batches, and the concepts' names (unless `text` is given)."""
-    from iosr_fast.clip.prompts import embed_classes
+    from iosr_fast.backbones.prompts import embed_classes
 
     parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
     text = embed_classes(clip, pictures.names) if text is None else text
@@ -56,7 +56,7 @@ def encode(run: Encode, clip: LoadedModel, pictures: Pictures, text: np.ndarray 
 
 def open_demo(shots: Sequence[int] = SHOTS, seeds: int = SEEDS, adapter: str | Path = "auto") -> TaskSource:
     """The test concepts with the shipped adapter (or a file's)."""
-    from iosr_fast.clip.load import load_clip
+    from iosr_fast.backbones.load import load_clip
     from iosr_fast.export.pretrained import choose_adapter
 
     if not shots or min(shots) < 1 or max(shots) > POOL:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from iosr_fast.clip.demo.pictures import POOL
+from iosr_fast.backbones.demo.pictures import POOL
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import SupportSet, make_support_set

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import asdict
 
-from iosr_fast.clip.image_models import NO_PRODUCTS, has_products
+from iosr_fast.backbones.image_models import NO_PRODUCTS, has_products
 from iosr_fast.encoders.engine_folder import (
     ENGINE_KIND,
     EXTRAS,
@@ -62,11 +62,11 @@ from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
 from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.dual_config import GraphPrecision
-    from iosr_fast.clip.dual_encoder import DualEncoder
-    from iosr_fast.clip.load import LoadedModel
-    from iosr_fast.clip.plain_encoder import PlainEncoder
+    from iosr_fast.backbones.adapter import Adapter
+    from iosr_fast.backbones.dual_config import GraphPrecision
+    from iosr_fast.backbones.dual_encoder import DualEncoder
+    from iosr_fast.backbones.load import LoadedModel
+    from iosr_fast.backbones.plain_encoder import PlainEncoder
 
 log = logging.getLogger(__name__)
 LAYOUT = 4  # increases when an engine with the same embeddings has other files
@@ -87,14 +87,14 @@ def write_engine(
 
     `pictures` uint8 (N, S, S, 3) should resemble those to be classified: "int8" and "fp8" need them, to measure ranges
     (quantize.encoder). Embeddings of some of them, and but for these precisions of random pictures, are compared with
-    the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written.
+    the two literal passes in fp32 PyTorch (backbones.two_pass) before `out` is written.
 
     Smaller pictures are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
     with interpolated positions (resize_clip), and then also the S of `pictures`. It is in the manifest's `tokens` and
     in the fingerprint, so support images are encoded by the same engine. The comparison is then with the two passes of
     the CLIP with interpolated positions. What it costs in accuracy only labelled pictures can say.
 
-    An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with that of its
+    An image encoder that can't be fused (plain_encoder) gives the plain embedding only, compared with that of its
     own library, in ONNX files whose graph is fp32. So does an ONNX file, compared with itself in ONNX Runtime.
 
     Raises ValueError for an adapter with an encoder that can't be fused, a precision that the runtime doesn't support,
@@ -110,8 +110,8 @@ def write_engine(
         if adapter is not None or tokens is not None:
             raise IosrFastError(f"expected no adapter and no image_size for {clip.name}, whose graph is complete")
     else:
-        from iosr_fast.clip.fuse import unfusible_reason
-        from iosr_fast.clip.vision_tower import resize_clip
+        from iosr_fast.backbones.fuse import unfusible_reason
+        from iosr_fast.backbones.vision_tower import resize_clip
 
         reason = unfusible_reason(clip)
         if reason is not None and adapter is not None:
@@ -180,9 +180,9 @@ def _encoder(
     """What is exported, fused in a precision or (None) as it is; and the right embeddings of uint8 pixels."""
     if isinstance(clip, OnnxModel):
         return clip, clip.embed
-    from iosr_fast.clip.fuse import build_dual_encoder
-    from iosr_fast.clip.plain_encoder import PlainEncoder
-    from iosr_fast.clip.two_pass import two_passes
+    from iosr_fast.backbones.fuse import build_dual_encoder
+    from iosr_fast.backbones.plain_encoder import PlainEncoder
+    from iosr_fast.backbones.two_pass import two_passes
 
     encoder = PlainEncoder(clip) if fused is None else build_dual_encoder(clip, adapter, fused)
     return encoder, partial(two_passes, clip, adapter)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from iosr_fast.clip.image_models import NO_PRODUCTS
+from iosr_fast.backbones.image_models import NO_PRODUCTS
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.engine_folder import ONNX_FILE, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
@@ -29,8 +29,8 @@ from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.machine import this_gpu
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.adapter import Adapter
+    from iosr_fast.backbones.load import LoadedModel
 
 ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from iosr_fast.images.listing import IMAGE_SUFFIXES, list_images
 from iosr_fast.images.preprocess import to_pixels
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
     from iosr_fast.export.from_onnx import OnnxModel
 
 MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
@@ -39,7 +39,7 @@ def calibration_pictures(clip: LoadedModel | OnnxModel, folder: str | Path | Non
                 f"expected calibration pictures to quantise {clip.name}, got none; give a folder of a few hundred "
                 "like those to be classified (iosr-fast build-engine --calibration DIR)"
             )
-        from iosr_fast.clip.demo.pictures import load_pictures
+        from iosr_fast.backbones.demo.pictures import load_pictures
 
         return evenly(load_pictures("generic").images, CALIBRATION_PICTURES)
     paths = list_images(folder).paths

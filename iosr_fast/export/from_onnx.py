@@ -60,7 +60,7 @@ class PictureFacts(Strict, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class OnnxModel:
-    """An image encoder of an ONNX file; what it shares with clip.load.LoadedModel has the same name.
+    """An image encoder of an ONNX file; what it shares with backbones.load.LoadedModel has the same name.
 
     `graph` is the engine's, with all weights; `input` and `output` are the file's own. `fingerprint` is a SHA-256 over
     the file, its weights and its PictureFacts.

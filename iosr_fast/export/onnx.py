@@ -2,7 +2,7 @@
 
 The plain graph is an engine's without its adapted stream, for classifiers that compare plain embeddings only. Both
 graphs read one weights file. From the first adapted block on a dual encoder has a batch of 2B; the first half is the
-plain stream (clip.dual_encoder). Two changes keep this half alone, in every precision, quantised or not:
+plain stream (backbones.dual_encoder). Two changes keep this half alone, in every precision, quantised or not:
 
     Concat(plain, adapted)      ->  plain
     Reshape(x, (2, -1, ...))    ->  Reshape(x, (1, -1, ...)), whose first and only part is the whole batch
@@ -32,8 +32,8 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     import torch
 
-    from iosr_fast.clip.dual_encoder import DualEncoder
-    from iosr_fast.clip.plain_encoder import PlainEncoder
+    from iosr_fast.backbones.dual_encoder import DualEncoder
+    from iosr_fast.backbones.plain_encoder import PlainEncoder
 
 OPSET, IR = 20, 10  # the first opset with Gelu as one operator, and the version of files that exporters write for it
 EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, for shape inference and constant folding

@@ -16,7 +16,7 @@ from iosr_fast.export.check import check_calibration
 from iosr_fast.utils import machine
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.dual_config import GraphPrecision
+    from iosr_fast.backbones.dual_config import GraphPrecision
 
 log = logging.getLogger(__name__)
 _Built = TypeVar("_Built")
@@ -42,7 +42,7 @@ def runtimes_in(precision: str, fused: bool = True) -> tuple[str, ...]:
 def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
     """The runtime to build an engine for: `runtime` itself, or the best one here for "auto".
 
-    `fused`: whether the image encoder can be fused (clip.architecture.fused_family). Raises ValueError for an unknown
+    `fused`: whether the image encoder can be fused (architecture.fused_family). Raises ValueError for an unknown
     precision and for one that the runtime doesn't compute in.
     """
     if precision not in RUNTIMES_OF:

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.image_models import ONNX, PHOTOGRAPHS, is_image_model
-from iosr_fast.clip.load import LoadedModel, load_model
-from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused, model_config
-from iosr_fast.clip.prompts import check_texts
+from iosr_fast.backbones.image_models import ONNX, PHOTOGRAPHS, is_image_model
+from iosr_fast.backbones.load import LoadedModel, load_model
+from iosr_fast.backbones.models import (
+    DEMO_FOLDER,
+    DEMO_NAME,
+    LOCAL,
+    check_adaptable,
+    check_model,
+    is_fused,
+    model_config,
+)
+from iosr_fast.backbones.prompts import check_texts
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.from_onnx import OnnxModel, read_onnx, weight_files
@@ -26,7 +34,7 @@ from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require_installed
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.backbones.adapter import Adapter
     from iosr_fast.encoders.encoder import Encoder
 
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
@@ -49,7 +57,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     if adapter is None:
         return None
     check_adaptable(model)
-    from iosr_fast.clip.adapter import load_adapter
+    from iosr_fast.backbones.adapter import load_adapter
 
     loaded = load_adapter(adapter)
     vision = model_config(model)["vision_cfg"]
@@ -65,7 +73,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
 
 def choose_adapter(clip: LoadedModel, adapter: str | Path | None) -> Adapter | None:
     """`read_adapter` for a loaded CLIP. Raises ValueError for an adapter that was trained with other weights."""
-    from iosr_fast.clip.adapter import check_belongs
+    from iosr_fast.backbones.adapter import check_belongs
 
     loaded = read_adapter(clip.name, adapter)
     if loaded is not None:
@@ -126,7 +134,7 @@ def open_pretrained(
         encoder = open_engine(source, runtime)
     else:
         if chosen is not None and isinstance(clip, LoadedModel):
-            from iosr_fast.clip.adapter import check_belongs
+            from iosr_fast.backbones.adapter import check_belongs
 
             check_belongs(chosen, clip)
         encoder = first_right(

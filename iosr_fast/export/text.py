@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from iosr_fast.clip.demo.pictures import load_index
-from iosr_fast.clip.load import LoadedModel
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, Descriptions, default_templates, embed_classes
-from iosr_fast.clip.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
-from iosr_fast.clip.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
+from iosr_fast.backbones.demo.pictures import load_index
+from iosr_fast.backbones.load import LoadedModel
+from iosr_fast.backbones.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, Descriptions, default_templates, embed_classes
+from iosr_fast.backbones.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
+from iosr_fast.backbones.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import check_rows
@@ -72,7 +72,7 @@ class ClipText:
     def embed_classes(
         self, names: Sequence[str], templates: Sequence[str] | None = None, descriptions: Descriptions | None = None
     ) -> np.ndarray:
-        """As clip.prompts.embed_classes, with this CLIP."""
+        """As backbones.prompts.embed_classes, with this CLIP."""
         return embed_classes(self.clip, names, templates, descriptions)
 
     def write(self, folder: Path) -> dict[str, Any] | None:

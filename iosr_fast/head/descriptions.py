@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.prompts import MAX_TEXTS, text_fault
+from iosr_fast.backbones.prompts import MAX_TEXTS, text_fault
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.csv_text import check_columns, read_rows
 from iosr_fast.utils.text import abbreviate, did_you_mean

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iosr_fast.clip.prompts import check_templates
+from iosr_fast.backbones.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.rows import Rows
 from iosr_fast.exceptions import BadImageError, IosrFastError, printable

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from iosr_fast.clip.tokenizer import Clean
+from iosr_fast.backbones.tokenizer import Clean
 from iosr_fast.delivery.engine_choice import EngineChoice
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import check_nodes

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from iosr_fast.clip.adapter import Adapter
-from iosr_fast.clip.load import LoadedModel
-from iosr_fast.clip.vision_tower import vision_tower
+from iosr_fast.backbones.adapter import Adapter
+from iosr_fast.backbones.load import LoadedModel
+from iosr_fast.backbones.vision_tower import vision_tower
 
 
 class AdaptedEncoder:

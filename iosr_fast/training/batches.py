@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from iosr_fast.clip.adapter import Adapter
+from iosr_fast.backbones.adapter import Adapter
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import augment_batch

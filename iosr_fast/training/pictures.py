@@ -20,7 +20,7 @@ from iosr_fast.images.preprocess import decode_pixels, to_pixels
 from iosr_fast.utils.csv_text import read_rows
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.demo.pictures import Pictures
+    from iosr_fast.backbones.demo.pictures import Pictures
 
 
 class PictureSource(Protocol):
@@ -228,14 +228,14 @@ def split(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, 
 
 def demo_sources(geometry: Geometry, held_out_geometry: Geometry) -> Sources:
     """The demo's generic concepts, and its validation concepts, on which no accuracy is reported, to measure on."""
-    from iosr_fast.clip.demo.pictures import held_out
+    from iosr_fast.backbones.demo.pictures import held_out
 
     return Sources(demo_pictures(geometry), _tensor_pictures(held_out()[1], held_out_geometry))
 
 
 def demo_pictures(geometry: Geometry) -> TensorPictures:
     """The demo's generic concepts, as the encoder's pixels."""
-    from iosr_fast.clip.demo.pictures import load_pictures
+    from iosr_fast.backbones.demo.pictures import load_pictures
 
     return _tensor_pictures(load_pictures("generic"), geometry)
 

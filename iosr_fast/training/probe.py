@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from iosr_fast.clip.adapter import Adapter
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.adapter import Adapter
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iosr_fast.clip.adapter import Adapter, check_belongs
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.adapter import Adapter, check_belongs
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Batches, MicroBatch, hash_seed, part_size

@@ -30,7 +30,7 @@ from benchmarks.claims import (
 from benchmarks.claims.automation import BURST, CHANCE, ONE_BY_ONE, OTHERS, PROMISES, SIBLINGS, DataSet
 from benchmarks.claims.claim import Claim, fit
 from iosr_fast import Embeddings
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import of_answers

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from benchmarks import roofline
 from benchmarks.roofline import CARDS, Work, by_cuda, by_triton, encoder_rows, kernels_of, terms
 from benchmarks.score import DEFAULT_CASES, Case
-from iosr_fast.clip.fuse import build_dual_encoder
-from tests.clip.small_clip import random_adapter, random_pixels, small_clip
+from iosr_fast.backbones.fuse import build_dual_encoder
+from tests.backbones.small_clip import random_adapter, random_pixels, small_clip
 
 H100 = CARDS["h100"].rates
 

@@ -22,13 +22,13 @@ from benchmarks.devices import Device
 from benchmarks.harness import Run
 from benchmarks.score_rivals import torch_rivals
 from iosr_fast import _C
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.cli.command import ListCommand, command_app
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score_with_path
 from tests import ROOT, demo_cache
-from tests.clip.small_clip import small_clip
+from tests.backbones.small_clip import small_clip
 from tools.benchmark import main
 
 pytestmark = pytest.mark.slow

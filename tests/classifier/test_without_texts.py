@@ -17,7 +17,7 @@ from iosr_fast import Classifier, FewShotHead, IosrFastError
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.store.bundle import Bundle, save
 from iosr_fast.store.description import describe
-from tests.clip.image_model import IMAGE_WIDTH, open_image_model
+from tests.backbones.image_model import IMAGE_WIDTH, open_image_model
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, error_of, fields, form, serving
 from tests.store.live_parts import WrittenText, engine_folder, pictures, small_classifier, unit

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.clip.load import load_clip
+from iosr_fast.backbones.demo.pictures import load_pictures
+from iosr_fast.backbones.load import load_clip
 from iosr_fast.delivery import engine_judge
 from iosr_fast.export.build import write_engine
 from tests.cli.runs import refused, run

@@ -80,9 +80,9 @@ def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.Monk
     import torch
     from open_clip.model import _build_vision_tower
 
-    from iosr_fast.clip.architecture import check_architecture, fused_family
-    from iosr_fast.clip.models import model_config
-    from iosr_fast.clip.vision_tower import vision_tower
+    from iosr_fast.backbones.architecture import check_architecture, fused_family
+    from iosr_fast.backbones.models import model_config
+    from iosr_fast.backbones.vision_tower import vision_tower
 
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))
     families = set()

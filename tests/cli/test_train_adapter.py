@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from iosr_fast.clip.adapter import load_adapter
+from iosr_fast.backbones.adapter import load_adapter
 from tests.cli import runs
 from tests.training.small import logged
 
@@ -116,7 +116,7 @@ def test_only_an_adapter_is_replaced_and_a_full_disk_loses_no_training(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr("iosr_fast.clip.adapter.save_adapter", full)
+        patched.setattr("iosr_fast.backbones.adapter.save_adapter", full)
         assert "the same command writes it at once" in runs.refused(*words, "--epochs", "2")
     assert len(logged(training)) == 2
     runs.done(*words, "--epochs", "2")

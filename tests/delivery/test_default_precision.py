@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from iosr_fast import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.delivery.engine_choice import EngineCandidate, EngineChoice
 from iosr_fast.encoders import engine_folder
 from iosr_fast.encoders.encoder import Embeddings
@@ -23,7 +23,7 @@ from iosr_fast.export import build, candidates, check
 from iosr_fast.export.candidates import Candidate, list_candidates
 from iosr_fast.export.precision import default_batch, default_precisions
 from iosr_fast.utils import machine
-from tests.clip.small_clip import small_clip
+from tests.backbones.small_clip import small_clip
 from tests.conftest import unit_rows
 from tests.store.live_parts import random_head, random_queries
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME
+from iosr_fast.backbones.demo.pictures import load_pictures
+from iosr_fast.backbones.load import DEMO_FOLDER, DEMO_NAME
 from iosr_fast.delivery import engine_judge
 from iosr_fast.export import build, pretrained
 from tests import ROOT

@@ -19,9 +19,9 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxscript")
 
 from iosr_fast import Classifier  # noqa: E402
+from iosr_fast.backbones.adapter import random_adapter  # noqa: E402
+from iosr_fast.backbones.two_pass import two_passes  # noqa: E402
 from iosr_fast.cli import benchmark  # noqa: E402
-from iosr_fast.clip.adapter import random_adapter  # noqa: E402
-from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.engine_folder import Target, unavailable_reason  # noqa: E402
 from iosr_fast.encoders.runtimes import gpu, graph, open_engine, tensorrt  # noqa: E402
 from iosr_fast.encoders.runtimes import torch as torch_runtime  # noqa: E402
@@ -30,8 +30,8 @@ from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan, op
 from iosr_fast.encoders.runtimes.torch import TorchEncoder  # noqa: E402
 from iosr_fast.export.build import write_engine  # noqa: E402
 from iosr_fast.sealed.manifest import read_manifest  # noqa: E402
+from tests.backbones.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.cli.runs import done  # noqa: E402
-from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.encoders.fake_gpu import FakeGpu, Stream  # noqa: E402
 from tests.store.live_parts import pictures  # noqa: E402
 

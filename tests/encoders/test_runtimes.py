@@ -18,8 +18,8 @@ import onnx
 import pytest
 import torch
 
-from iosr_fast.clip.adapter import random_adapter
-from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.backbones.adapter import random_adapter
+from iosr_fast.backbones.two_pass import two_passes
 from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
@@ -27,7 +27,7 @@ from iosr_fast.export import build, pretrained
 from iosr_fast.export.build import write_engine
 from iosr_fast.utils import machine
 from tests import ROOT
-from tests.clip.small_clip import random_pixels, small_clip
+from tests.backbones.small_clip import random_pixels, small_clip
 from tests.demo_cache import export_once
 from tests.interpreter import printed
 from tests.store.manifests import rewrite_manifest

@@ -19,17 +19,17 @@ import open_clip
 import pytest
 import torch
 
+from iosr_fast.backbones.demo.pictures import load_index
+from iosr_fast.backbones.load import LoadedModel, load_clip
+from iosr_fast.backbones.load_tokenizer import hugging_face_tokenizer
+from iosr_fast.backbones.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes
+from iosr_fast.backbones.text_tower import encode_tokens, end_token
+from iosr_fast.backbones.tokenizer import count_tokens
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.demo.pictures import load_index
-from iosr_fast.clip.load import LoadedModel, load_clip
-from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes
-from iosr_fast.clip.text_tower import encode_tokens, end_token
-from iosr_fast.clip.tokenizer import count_tokens
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
 from iosr_fast.export import text as module
 from iosr_fast.export.text import HARD_TEXTS, ClipText, export_text
-from tests.clip import tokenizer_files
+from tests.backbones import tokenizer_files
 from tests.demo_cache import demo_bundle, shared_cache
 from tests.interpreter import printed
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.clip import load
-from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.clip.prompts import embed_classes
-from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.backbones import load
+from iosr_fast.backbones.demo.pictures import load_pictures
+from iosr_fast.backbones.prompts import embed_classes
+from iosr_fast.backbones.two_pass import two_passes
 from iosr_fast.encoders.encoder import Embeddings, unit
 from iosr_fast.evaluation import comparison
 from iosr_fast.evaluation.demo import torch_encoder
@@ -40,9 +40,9 @@ from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.methods.tune import tune
 from iosr_fast.scoring.score import score
 from tests import ROOT
+from tests.backbones.plain_clips import plain_clip
+from tests.backbones.small_clip import random_pixels
 from tests.cli.runs import main, refused
-from tests.clip.plain_clips import plain_clip
-from tests.clip.small_clip import random_pixels
 from tests.conftest import random_embeddings
 
 CLASSES = 5

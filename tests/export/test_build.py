@@ -13,10 +13,10 @@ import onnx
 import pytest
 import torch
 
-from iosr_fast.clip.adapter import random_adapter
-from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.clip.fuse import build_dual_encoder
-from iosr_fast.clip.load import load_clip
+from iosr_fast.backbones.adapter import random_adapter
+from iosr_fast.backbones.demo.pictures import load_pictures
+from iosr_fast.backbones.fuse import build_dual_encoder
+from iosr_fast.backbones.load import load_clip
 from iosr_fast.delivery.engine_choice import EngineCandidate
 from iosr_fast.encoders.engine_folder import ENGINE_KIND
 from iosr_fast.encoders.runtimes import open_engine
@@ -34,7 +34,7 @@ from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.manifest import read_manifest
 from iosr_fast.sealed.verified_folder import open_verified
 from iosr_fast.utils.machine import Gpu
-from tests.clip.small_clip import random_pixels, small_clip
+from tests.backbones.small_clip import random_pixels, small_clip
 from tests.demo_cache import demo_engine
 from tests.export.graphs import FLOAT, FLOAT16, element_types
 from tests.store.manifests import rewrite_manifest
@@ -52,7 +52,7 @@ def test_fp16_graphs_keep_softmax_and_layer_norm_in_fp32(
     family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Squares and exponentials overflow in fp16. The families have each form of attention and each pool."""
-    from tests.clip.families import family_clip
+    from tests.backbones.families import family_clip
 
     clip, path = family_clip(family), tmp_path / "encoder.onnx"
     encoder = build_dual_encoder(clip, random_adapter(clip, 1), "fp16")
@@ -127,7 +127,7 @@ def slightly_wrong(*arguments: Any, build: Any = build_dual_encoder) -> Any:
 
 def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = demo_engine()  # built before anything is wrong
-    monkeypatch.setattr("iosr_fast.clip.fuse.build_dual_encoder", slightly_wrong)
+    monkeypatch.setattr("iosr_fast.backbones.fuse.build_dual_encoder", slightly_wrong)
     for precision in ("fp32", "fp16"):
         with pytest.raises(ArithmeticError, match="plain embeddings of random pictures by torch"):
             write_engine(small_clip(), None, tmp_path / "engine", "torch", precision)

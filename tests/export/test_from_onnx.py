@@ -23,8 +23,8 @@ from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates
 from iosr_fast.export.from_onnx import read_onnx
 from iosr_fast.sealed.verified_folder import open_verified
+from tests.backbones.small_clip import random_pixels
 from tests.cli.runs import done, refused
-from tests.clip.small_clip import random_pixels
 from tests.export.onnx_files import FACTS, LAYERS, SHAPE, SIZE, WIDTH, encoder_model, write_encoder
 from tests.interpreter import printed
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier, Embeddings, FewShotHead
-from iosr_fast.clip.adapter import load_adapter
-from iosr_fast.clip.load import load_clip
+from iosr_fast.backbones.adapter import load_adapter
+from iosr_fast.backbones.load import load_clip
 from iosr_fast.delivery import one_file
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import convert_engine, write_engine

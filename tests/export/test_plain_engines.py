@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from iosr_fast import Classifier
-from iosr_fast.clip.image_models import NO_PRODUCTS
-from iosr_fast.clip.load import load_model
-from iosr_fast.clip.two_pass import two_passes
+from iosr_fast.backbones.image_models import NO_PRODUCTS
+from iosr_fast.backbones.load import load_model
+from iosr_fast.backbones.two_pass import two_passes
 from iosr_fast.delivery import engine_judge
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
@@ -26,10 +26,10 @@ from iosr_fast.export.build import convert_engine, write_engine
 from iosr_fast.export.candidates import list_candidates, with_smaller_images
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.sealed.verified_folder import open_verified
+from tests.backbones.families import randomise
+from tests.backbones.plain_clips import PLAIN_CLIPS, plain_clip
+from tests.backbones.small_clip import random_pixels
 from tests.cli.runs import never
-from tests.clip.families import randomise
-from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip
-from tests.clip.small_clip import random_pixels
 from tests.demo_cache import export_once
 from tests.export.graphs import BOOL, FLOAT, FLOAT16, INT64, UINT8, element_types
 

@@ -12,9 +12,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from iosr_fast.clip.adapter import random_adapter
-from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.backbones.adapter import random_adapter
+from iosr_fast.backbones.demo.pictures import load_pictures
+from iosr_fast.backbones.fuse import build_dual_encoder
 from iosr_fast.encoders.engine_folder import ONNX_FILE as FILE
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.encoders.runtimes.tensorrt import build_plan
@@ -31,7 +31,7 @@ from iosr_fast.export.quantize.values import (
     quantise_matrix,
     rounded,
 )
-from tests.clip.small_clip import small_clip
+from tests.backbones.small_clip import small_clip
 from tests.demo_cache import demo_engine, export_once
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.files.embedding_files import Part
 from iosr_fast.files.parts import LOG

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier, labelled_images
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.files.embedding_files import read_embeddings
 from iosr_fast.images.crop import Crop
 from tests.cli.runs import done as command

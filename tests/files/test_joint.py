@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.methods import joint
 from tests.files.runs import classify, done, load_images, read_rows, refused

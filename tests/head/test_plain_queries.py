@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import Classifier, IosrFastError
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from benchmarks.photographs import photograph
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import MARGIN, decode_batch, decode_pixels, open_image, resize_and_crop, to_pixels

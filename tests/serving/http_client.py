@@ -15,8 +15,8 @@ import httpx
 import numpy as np
 import pytest
 
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.metrics import ClassifierMetrics, EngineMetrics

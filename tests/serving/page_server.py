@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import Classifier
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from tests import browser as chromium
 from tests.serving import http_client, http_edge
 from tests.serving.http_client import TOKEN

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.files.source import read_source

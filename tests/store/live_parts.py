@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.backbones.prompts import Descriptions
 from iosr_fast.classifier import OPENING, Classifier
-from iosr_fast.clip.prompts import Descriptions
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.text_encoder import TextSource

@@ -11,9 +11,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from iosr_fast.backbones.demo.pictures import FOLDER, held_out, load_index, load_pictures, only
 from iosr_fast.cli import app
 from iosr_fast.cli.command import command_app
-from iosr_fast.clip.demo.pictures import FOLDER, held_out, load_index, load_pictures, only
 from iosr_fast.images.geometry import Geometry
 
 
@@ -53,8 +53,8 @@ def test_sizes_and_licences() -> None:
 def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -> None:
     import torch
 
-    from iosr_fast.clip.fuse import build_dual_encoder
-    from iosr_fast.clip.load import load_clip
+    from iosr_fast.backbones.fuse import build_dual_encoder
+    from iosr_fast.backbones.load import load_clip
     from iosr_fast.export.pretrained import choose_adapter
     from iosr_fast.training.overlap import overlap_area, pair_cosines
     from iosr_fast.utils.ranking import auroc
@@ -76,8 +76,8 @@ def test_another_adapter_is_evaluated_on_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that changes nothing: adapted and plain embeddings are the same."""
-    from iosr_fast.clip.adapter import init_adapter, save_adapter
-    from iosr_fast.clip.load import load_clip
+    from iosr_fast.backbones.adapter import init_adapter, save_adapter
+    from iosr_fast.backbones.load import load_clip
     from iosr_fast.evaluation import demo
     from tests.cli.runs import main
 

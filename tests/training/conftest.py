@@ -9,7 +9,7 @@ from tests.training.small import colours
 
 @pytest.fixture(scope="session")
 def clip():
-    from iosr_fast.clip.load import load_clip
+    from iosr_fast.backbones.load import load_clip
 
     return load_clip("demo")
 

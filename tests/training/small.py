@@ -26,7 +26,7 @@ def colours(count: int = 30) -> Any:
 
 
 def fresh(clip: Any, first: int = 5, bottleneck: int = 8, **more: Any) -> Any:
-    from iosr_fast.clip.adapter import init_adapter
+    from iosr_fast.backbones.adapter import init_adapter
 
     return init_adapter(clip, first, bottleneck, **more)
 

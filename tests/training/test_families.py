@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iosr_fast.clip.adapter import Adapter, adapted_pass
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.adapter import Adapter, adapted_pass
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.config import DinoConfig, TrainConfig
 from iosr_fast.training.objectives import Supervised
 from iosr_fast.training.pictures import TensorPictures
 from iosr_fast.training.train import train_adapter
-from tests.clip.families import FAMILIES, family_clip
-from tests.clip.small_clip import random_adapter
+from tests.backbones.families import FAMILIES, family_clip
+from tests.backbones.small_clip import random_adapter
 from tests.training.small import weights
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast.clip.adapter import adapted_pass, init_adapter
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.adapter import adapted_pass, init_adapter
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.config import DinoConfig, dino_config
 from iosr_fast.training.objectives import Dino, local_size

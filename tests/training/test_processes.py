@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from iosr_fast.clip.adapter import load_adapter
+from iosr_fast.backbones.adapter import load_adapter
 from iosr_fast.training.processes import check_same, in_first_process
 from tests import ROOT
 from tests.cli import runs

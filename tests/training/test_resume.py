@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.cli.train_adapter import read_data
-from iosr_fast.clip.load import LoadedModel
 from iosr_fast.training.config import DinoConfig, TrainConfig, dino_config
 from iosr_fast.training.pictures import TensorPictures, file_sources
 from iosr_fast.training.train import Progress, train_adapter

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iosr_fast.clip.adapter import init_adapter
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.adapter import init_adapter
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.training import probe as probe_module
 from iosr_fast.training.augment import augment_batch, draw_augmentation

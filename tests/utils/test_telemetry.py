@@ -52,13 +52,13 @@ WORK = {
     "onnxruntime": PREDICT.replace("RUNTIME", "'onnxruntime'"),
     "openvino": PREDICT.replace("RUNTIME", "'openvino'"),
     "open_clip": """
-from iosr_fast.clip.load import load_clip
+from iosr_fast.backbones.load import load_clip
 load_clip("demo").tokenizer(["a photo"])
 """,
     "onnxscript": """
 import os, pathlib
 from iosr_fast.export.build import write_engine
-from tests.clip.small_clip import small_clip
+from tests.backbones.small_clip import small_clip
 write_engine(small_clip(layers=1), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
 """,
     "tensorrt_rtx": """

@@ -1,6 +1,6 @@
 """Convert npm's emoji packages to the demo's data: one lossless WebP sheet per style, and an index.
 
-    python tools/demo/build_data.py --out iosr_fast/clip/demo/data
+    python tools/demo/build_data.py --out iosr_fast/backbones/demo/data
 
 A *concept* (a class) is an emoji as Unicode defines it; a *style* (a domain) is the font that draws it. Concepts with
 at least four of the seven styles are included, without skin tones, flags and letters that are half of a flag. A fixed

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import typer
 
+from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import run
-from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.sealed.folders import check_new_folder
 

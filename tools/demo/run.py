@@ -18,9 +18,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from iosr_fast.backbones.demo.pictures import Pictures, load_index, only
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import one_line_errors, run
-from iosr_fast.clip.demo.pictures import Pictures, load_index, only
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.utils.require import require_installed
 
@@ -28,9 +28,9 @@ with one_line_errors():
     require_installed("torch", "cpu")
     from onnxruntime import InferenceSession
 
-    from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
-    from iosr_fast.clip.demo.pictures import held_out
-    from iosr_fast.clip.load import LoadedModel, load_clip
+    from iosr_fast.backbones.adapter import Adapter, init_adapter, load_adapter, save_adapter
+    from iosr_fast.backbones.demo.pictures import held_out
+    from iosr_fast.backbones.load import LoadedModel, load_clip
     from iosr_fast.evaluation.comparison import Result, compare
     from iosr_fast.evaluation.demo import encode, encoded_source
     from iosr_fast.export.build import write_engine

@@ -1,6 +1,6 @@
 """Train the demo's small CLIP from scratch on the generic concepts (about 12 minutes on 2 cores).
 
-    python tools/demo/train_clip.py --out iosr_fast/clip/demo/data/clip.safetensors
+    python tools/demo/train_clip.py --out iosr_fast/backbones/demo/data/clip.safetensors
 
 An open_clip model with CLIP's contrastive loss. Captions are loose, like those of web-trained CLIPs: most contain a
 keyword or the group of the pictured thing, few its exact name. Neither tower sees held-out concepts.
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import typer
 
+from iosr_fast.backbones.demo.pictures import FOLDER, load_index, load_pictures
+from iosr_fast.backbones.prompts import DEMO_TEMPLATES
 from iosr_fast.cli.command import new_file, one_line_errors, run
-from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
-from iosr_fast.clip.prompts import DEMO_TEMPLATES
 from iosr_fast.utils.require import require
 
 with one_line_errors():
     torch, open_clip = require("torch", "cpu"), require("open_clip", "cpu")
     from safetensors.torch import save_file
 
-    from iosr_fast.clip.load import DEMO_NAME
+    from iosr_fast.backbones.load import DEMO_NAME
     from iosr_fast.training.augment import augment_batch, draw_augmentation
 
 

@@ -30,7 +30,7 @@ class TorchEncoder(BatchedEncoder):
         super().__init__(manifest, "torch", adapted)
         from safetensors.torch import load_file
 
-        from iosr_fast.clip.dual_encoder import DualEncoder, is_adapter_weight
+        from iosr_fast.backbones.dual_encoder import DualEncoder, is_adapter_weight
 
         config, weights = manifest["dual_encoder"], load_file(folder / TORCH_FILE)
         if not adapted:

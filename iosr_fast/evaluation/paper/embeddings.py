@@ -28,7 +28,7 @@ from iosr_fast.utils.progress import progress
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
     from iosr_fast.images.geometry import Geometry
 
 PART = 1024  # images of a file at most
@@ -82,7 +82,7 @@ class KeptEmbeddings:
 
     def text(self, data: EvaluationSet) -> np.ndarray:
         """(C, D) float32, L2-normalised: the class names in the set's templates."""
-        from iosr_fast.clip.prompts import embed_classes
+        from iosr_fast.backbones.prompts import embed_classes
 
         names, templates = list(data.class_names), list(data.templates)
         facts = {"names": names, "templates": templates}

@@ -40,7 +40,7 @@ def run(
     The parameters are the options of `iosr-fast evaluate paper`. A run of another CLIP, adapter or number of views has
     another folder in `out`.
     """
-    from iosr_fast.clip.load import load_clip
+    from iosr_fast.backbones.load import load_clip
     from iosr_fast.export.pretrained import choose_adapter
 
     names = method_names(methods, {"paper": PAPER_METHODS, **GROUPS})

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.clip.image_models import NO_PRODUCTS
+from iosr_fast.backbones.image_models import NO_PRODUCTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.check import evenly
 from iosr_fast.export.onnx import save_onnx

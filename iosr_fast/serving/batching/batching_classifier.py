@@ -77,7 +77,7 @@ class BatchingClassifier:
     Raises NotFittedError for a classifier that is not fitted, and IosrFastError for invalid settings.
 
     >>> from iosr_fast import Classifier
-    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> from iosr_fast.backbones.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
     >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
     >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)

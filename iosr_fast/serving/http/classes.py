@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends
 from fastapi.security import HTTPBearer
 from starlette.requests import Request
 
+from iosr_fast.backbones.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.head.class_tree import DEEPEST, Parent
 from iosr_fast.head.head import Head

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
-from iosr_fast.clip.prompts import MAX_LENGTH
+from iosr_fast.backbones.prompts import MAX_LENGTH
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.serving.batching.item import Text

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from starlette.requests import Request
 
-from iosr_fast.clip.prompts import MAX_LENGTH, MAX_TEXTS
+from iosr_fast.backbones.prompts import MAX_LENGTH, MAX_TEXTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.crop import Box, Crop
 from iosr_fast.images.geometry import Geometry

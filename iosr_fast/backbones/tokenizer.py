@@ -41,7 +41,7 @@ def clean_text(text: str, clean: Clean = "lower") -> str:
 class Tokenizer:
     """A `tokenizers.Tokenizer` that truncates and pads to its context, behind open_clip's cleaning.
 
-    `clip.load_tokenizer` makes one of the files of a Hugging Face tokenizer, `export.text` one of open_clip's
+    `backbones.load_tokenizer` makes one of the files of a Hugging Face tokenizer, `export.text` one of open_clip's
     SimpleTokenizer; both are stored as one tokenizer.json. `reference` makes open_clip's own, which needs transformers.
     """
 
@@ -85,7 +85,7 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     if isinstance(tokenizer, Tokenizer):
         encoding = tokenizer.backend.encode(tokenizer.clean_text(text))  # what was cut off is in `overflowing`
         return sum(encoding.attention_mask) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
-    # What stands for a tokenizer that could not be downloaded raises the reason when it is called (clip.load).
+    # What stands for a tokenizer that could not be downloaded raises the reason when it is called (backbones.load).
     cleaned, backend = getattr(tokenizer, "clean_fn", tokenizer)(text), getattr(tokenizer, "tokenizer", None)
     if backend is None:  # open_clip's SimpleTokenizer
         _without_special(cleaned, [tokenizer.decoder[i] for i in tokenizer.all_special_ids])

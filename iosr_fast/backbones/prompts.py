@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from iosr_fast.clip.load_tokenizer import load_tokenizer
-from iosr_fast.clip.models import model_config
-from iosr_fast.clip.tokenizer import count_tokens
+from iosr_fast.backbones.load_tokenizer import load_tokenizer
+from iosr_fast.backbones.models import model_config
+from iosr_fast.backbones.tokenizer import count_tokens
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
 
 Descriptions: TypeAlias = Mapping[str, Sequence[str]]  # texts of classes, by name, beside the prompts
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
@@ -110,7 +110,7 @@ def embed_classes(
     """
     import torch
 
-    from iosr_fast.clip.text_tower import encode_tokens
+    from iosr_fast.backbones.text_tower import encode_tokens
 
     templates = default_templates(clip) if templates is None else check_templates(templates)
     texts = class_texts(clip.tokenizer, class_names, templates, descriptions)

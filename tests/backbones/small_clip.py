@@ -8,8 +8,8 @@ import numpy as np
 import open_clip
 import torch
 
-from iosr_fast.clip.adapter import init_adapter
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.adapter import init_adapter
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.images.geometry import Geometry
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}

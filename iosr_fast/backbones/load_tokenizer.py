@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.download import downloading
-from iosr_fast.clip.tokenizer import Clean, Tokenizer, clean_text
+from iosr_fast.backbones.download import downloading
+from iosr_fast.backbones.tokenizer import Clean, Tokenizer, clean_text
 from iosr_fast.exceptions import IosrFastError, MissingPackageError
 from iosr_fast.utils.require import require
 

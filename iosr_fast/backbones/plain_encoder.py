@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast.clip.tower import shallow_copy
+from iosr_fast.backbones.tower import shallow_copy
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
 
 _BY_WINDOWS = ("timm.models.hiera", "timm.models.nest")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
 
 POOLS = ("argmax", "eos", "first", "last")
 

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from iosr_fast import Classifier
-from iosr_fast.clip import image_models, load
-from iosr_fast.clip.image_models import image_model, photographs_classifier
-from iosr_fast.clip.load import load_clip, load_model
-from iosr_fast.clip.models import check_model
+from iosr_fast.backbones import image_models, load
+from iosr_fast.backbones.image_models import image_model, photographs_classifier
+from iosr_fast.backbones.load import load_clip, load_model
+from iosr_fast.backbones.models import check_model
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
 from iosr_fast.export import build
@@ -31,9 +31,9 @@ from iosr_fast.export.pretrained import with_loaded
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from tests import ROOT
+from tests.backbones.families import randomise
+from tests.backbones.small_clip import random_pixels
 from tests.cli.runs import done
-from tests.clip.families import randomise
-from tests.clip.small_clip import random_pixels
 from tests.demo_cache import export_once, shared_cache
 
 pytestmark = pytest.mark.slow

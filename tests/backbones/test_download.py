@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-from iosr_fast.clip import download
-from iosr_fast.clip.download import downloading
+from iosr_fast.backbones import download
+from iosr_fast.backbones.download import downloading
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iosr_fast.clip.tower import Affine, MlpParts, affine
+from iosr_fast.backbones.tower import Affine, MlpParts, affine
 
 _ATTENTIONS = {"Attention", "EvaAttention", "AttentionRope"}
 

@@ -30,8 +30,8 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.clip.dual_blocks import AttentionPool, AveragePool, Block, LastBlock, Mlp, Norm, activate  # noqa: E402
-from iosr_fast.clip.dual_config import DualEncoderConfig  # noqa: E402
+from iosr_fast.backbones.dual_blocks import AttentionPool, AveragePool, Block, LastBlock, Mlp, Norm, activate  # noqa: E402
+from iosr_fast.backbones.dual_config import DualEncoderConfig  # noqa: E402
 
 POOLS = {"avg": AveragePool, "map": AttentionPool}
 

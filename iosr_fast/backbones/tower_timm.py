@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iosr_fast.clip.timm_parts import (
+from iosr_fast.backbones.timm_parts import (
     is_patches,
     is_plain_attention,
     is_plain_pool,
@@ -24,7 +24,7 @@ from iosr_fast.clip.timm_parts import (
     stem,
     unless_identity,
 )
-from iosr_fast.clip.tower import (
+from iosr_fast.backbones.tower import (
     Affine,
     AttentionPoolParts,
     BlockParts,

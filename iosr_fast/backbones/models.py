@@ -2,7 +2,7 @@
 
 CLIPs have the names that open_clip takes: one of its own ("ViT-B-16"), "hf-hub:OWNER/REPOSITORY" of the Hugging Face
 hub, and "local-dir:FOLDER", a folder with open_clip_config.json and a file of weights. Image encoders without texts are
-those of clip.image_models. Nothing is loaded here; only the configuration of a model of the hub is downloaded.
+those of backbones.image_models. Nothing is loaded here; only the configuration of a model of the hub is downloaded.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.architecture import check_architecture, fused_family
-from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
-from iosr_fast.clip.download import downloading
-from iosr_fast.clip.image_models import NO_PRODUCTS, ONNX, TIMM, check_image_model, image_model, is_image_model
-from iosr_fast.clip.load_tokenizer import require_transformers
+from iosr_fast.backbones.architecture import check_architecture, fused_family
+from iosr_fast.backbones.demo.pictures import FOLDER as DEMO_FOLDER
+from iosr_fast.backbones.download import downloading
+from iosr_fast.backbones.image_models import NO_PRODUCTS, ONNX, TIMM, check_image_model, image_model, is_image_model
+from iosr_fast.backbones.load_tokenizer import require_transformers
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.require import require, require_installed
 from iosr_fast.utils.text import did_you_mean
@@ -44,7 +44,7 @@ _PLAIN_FAMILIES = {"convnext": "convnext", "fastvit": "mobileclip-s", "vitamin":
 class ModelSupport:
     """What is supported of a model.
 
-    dual  its image encoder is fused with an adapter (clip.dual_encoder); without one, every model has an engine
+    dual  its image encoder is fused with an adapter (backbones.dual_encoder); without one, every model has an engine
     text  its text encoder is exported, so that a saved classifier adds classes without PyTorch; False: it is one of
           Hugging Face's and runs in transformers; None: the model reads no texts
     """

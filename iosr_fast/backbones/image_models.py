@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.download import downloading
+from iosr_fast.backbones.download import downloading
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require, require_installed

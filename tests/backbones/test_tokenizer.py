@@ -14,12 +14,12 @@ import open_clip
 import pytest
 import tokenizers
 
-from iosr_fast.clip.load import load_clip
-from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer, load_tokenizer
-from iosr_fast.clip.prompts import embed_classes
-from iosr_fast.clip.tokenizer import clean_text, count_tokens
+from iosr_fast.backbones.load import load_clip
+from iosr_fast.backbones.load_tokenizer import hugging_face_tokenizer, load_tokenizer
+from iosr_fast.backbones.prompts import embed_classes
+from iosr_fast.backbones.tokenizer import clean_text, count_tokens
 from iosr_fast.export.text import HARD_TEXTS
-from tests.clip import tokenizer_files
+from tests.backbones import tokenizer_files
 
 Make = Callable[[Path], Path]
 # How to make the files, the context, open_clip's options; tokens before and behind a text, and the padding.

@@ -15,19 +15,19 @@ import open_clip
 import pytest
 import torch
 
-from iosr_fast.clip.dual_blocks import LastBlock, Norm
-from iosr_fast.clip.dual_config import GraphPrecision
-from iosr_fast.clip.dual_encoder import DualEncoder
-from iosr_fast.clip.fuse import build_dual_encoder
-from iosr_fast.clip.two_pass import two_passes
-from iosr_fast.clip.vision_tower import resize_clip, vision_tower
+from iosr_fast.backbones.dual_blocks import LastBlock, Norm
+from iosr_fast.backbones.dual_config import GraphPrecision
+from iosr_fast.backbones.dual_encoder import DualEncoder
+from iosr_fast.backbones.fuse import build_dual_encoder
+from iosr_fast.backbones.two_pass import two_passes
+from iosr_fast.backbones.vision_tower import resize_clip, vision_tower
 from iosr_fast.encoders.engine_folder import ONNX_FILE, PLAIN_FILE
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx import write_plain_graph
 from iosr_fast.export.quantize import encoder as quantize
 from iosr_fast.export.quantize.encoder import quantize_onnx
-from tests.clip.families import FAMILIES, family_clip
-from tests.clip.small_clip import random_adapter, random_pixels, run, small_clip
+from tests.backbones.families import FAMILIES, family_clip
+from tests.backbones.small_clip import random_adapter, random_pixels, run, small_clip
 from tests.demo_cache import export_once
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.clip.architecture import not_a_vision_transformer
-from iosr_fast.clip.image_models import is_image_model
-from iosr_fast.clip.tower import VisionTower, shallow_copy
-from iosr_fast.clip.tower_open_clip import OpenClipTower
-from iosr_fast.clip.tower_timm import TimmTower
+from iosr_fast.backbones.architecture import not_a_vision_transformer
+from iosr_fast.backbones.image_models import is_image_model
+from iosr_fast.backbones.tower import VisionTower, shallow_copy
+from iosr_fast.backbones.tower_open_clip import OpenClipTower
+from iosr_fast.backbones.tower_timm import TimmTower
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
 
 
 def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:

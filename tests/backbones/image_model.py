@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.build import write_engine

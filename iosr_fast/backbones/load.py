@@ -13,10 +13,10 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.clip.download import downloading
-from iosr_fast.clip.image_models import image_model, is_image_model, load_encoder
-from iosr_fast.clip.load_tokenizer import load_tokenizer
-from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, HUB, LOCAL, check_model, find_weights, is_torchscript
+from iosr_fast.backbones.download import downloading
+from iosr_fast.backbones.image_models import image_model, is_image_model, load_encoder
+from iosr_fast.backbones.load_tokenizer import load_tokenizer
+from iosr_fast.backbones.models import DEMO_FOLDER, DEMO_NAME, HUB, LOCAL, check_model, find_weights, is_torchscript
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
@@ -57,7 +57,7 @@ class LoadedModel:
 
 
 def load_model(name: str, pretrained: str | Path | None = None) -> LoadedModel:
-    """Load a model by name: a CLIP as `load_clip`, or an image encoder without texts as clip.image_models.
+    """Load a model by name: a CLIP as `load_clip`, or an image encoder without texts as backbones.image_models.
 
     Raises what `check_model`, `load_clip` and `load_encoder` raise.
     """
@@ -85,7 +85,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
     """Load a CLIP by name.
 
     `load_clip("demo")` is the small CLIP that ships with the package. "hf-hub:OWNER/REPOSITORY" and "local-dir:FOLDER"
-    have their own configuration and weights (clip.models). Otherwise `name` is one of open_clip's models and
+    have their own configuration and weights (backbones.models). Otherwise `name` is one of open_clip's models and
     `pretrained` one of its tags ("openai": downloaded by open_clip), a file (open_clip's .safetensors, a state dict in
     .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
     Models whose weights were trained with QuickGELU use it, even if their name does not end in "-quickgelu".

@@ -13,15 +13,15 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.clip.adapter import Adapter, check_belongs  # noqa: E402
-from iosr_fast.clip.architecture import refuse_fusing  # noqa: E402
-from iosr_fast.clip.dual_config import DualEncoderConfig, GraphPrecision  # noqa: E402
-from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
-from iosr_fast.clip.tower import Affine, AttentionPoolParts, BlockParts, MlpParts, TowerParts  # noqa: E402
-from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
+from iosr_fast.backbones.adapter import Adapter, check_belongs  # noqa: E402
+from iosr_fast.backbones.architecture import refuse_fusing  # noqa: E402
+from iosr_fast.backbones.dual_config import DualEncoderConfig, GraphPrecision  # noqa: E402
+from iosr_fast.backbones.dual_encoder import DualEncoder  # noqa: E402
+from iosr_fast.backbones.tower import Affine, AttentionPoolParts, BlockParts, MlpParts, TowerParts  # noqa: E402
+from iosr_fast.backbones.vision_tower import vision_tower  # noqa: E402
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedModel
+    from iosr_fast.backbones.load import LoadedModel
 
 State = dict[str, torch.Tensor]
 

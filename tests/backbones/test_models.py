@@ -13,9 +13,8 @@ import pytest
 import safetensors.torch as safetensors_torch
 import torch
 
-from iosr_fast.cli.models import KINDS
-from iosr_fast.clip.load import load_clip
-from iosr_fast.clip.models import (
+from iosr_fast.backbones.load import load_clip
+from iosr_fast.backbones.models import (
     DEMO_FOLDER,
     check_adaptable,
     check_model,
@@ -24,6 +23,7 @@ from iosr_fast.clip.models import (
     list_models,
     model_config,
 )
+from iosr_fast.cli.models import KINDS
 from iosr_fast.exceptions import MissingPackageError
 from tests.cli.runs import done, never, refused, run
 
@@ -141,7 +141,7 @@ def test_text_encoders_are_what_the_exporter_writes() -> None:
     """The towers of all models, made of shapes alone and with one layer, against the table's `text`."""
     from open_clip.model import _build_text_tower
 
-    from iosr_fast.clip.text_tower import POOLS, pooling
+    from iosr_fast.backbones.text_tower import POOLS, pooling
 
     seen = set()
     for one in list_models():

@@ -16,9 +16,9 @@ import open_clip
 import pytest
 import torch
 
-from iosr_fast.clip import load
-from iosr_fast.clip.load import DEMO_FOLDER, load_clip
-from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.backbones import load
+from iosr_fast.backbones.load import DEMO_FOLDER, load_clip
+from iosr_fast.backbones.prompts import embed_classes
 from tests.interpreter import printed
 
 pytestmark = pytest.mark.slow
@@ -193,10 +193,10 @@ def test_without_torch_the_pip_command_is_named() -> None:
     code = """
 import importlib, sys
 sys.modules["torch"] = None
-for name in ("clip.architecture", "clip.demo.pictures", "clip.load", "clip.prompts", "export.pretrained"):
+for name in ("backbones.demo.pictures", "backbones.load", "backbones.prompts", "export.pretrained"):
     importlib.import_module(f"iosr_fast.{name}")
 from iosr_fast import Classifier
-for name in ("clip.adapter", "clip.dual_encoder", "clip.fuse", "clip.two_pass", "encoder"):
+for name in ("backbones.adapter", "backbones.dual_encoder", "backbones.fuse", "backbones.two_pass", "encoder"):
     try:
         Classifier("demo").encoder if name == "encoder" else importlib.import_module(f"iosr_fast.{name}")
     except ImportError as error:

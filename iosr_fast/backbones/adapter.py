@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.sealed.files import new_file
 from iosr_fast.utils.require import require_installed
@@ -23,7 +23,7 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
+from iosr_fast.backbones.vision_tower import vision_tower  # noqa: E402
 
 
 @dataclass(frozen=True)

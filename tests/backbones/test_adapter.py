@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iosr_fast.clip.adapter import (
+from iosr_fast.backbones.adapter import (
     adapted_pass,
     check_belongs,
     init_adapter,
@@ -15,11 +15,11 @@ from iosr_fast.clip.adapter import (
     random_adapter,
     save_adapter,
 )
-from iosr_fast.clip.load import LoadedModel, load_clip
+from iosr_fast.backbones.load import LoadedModel, load_clip
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from tests import ROOT
-from tests.clip import small_clip
-from tests.clip.families import FAMILIES, family_clip
+from tests.backbones import small_clip
+from tests.backbones.families import FAMILIES, family_clip
 
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -58,7 +58,7 @@ def test_bad_adapters_are_named(clip: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_adapter(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="header has no config"):
-        load_adapter(ROOT / "iosr_fast/clip/demo/data/clip.safetensors")
+        load_adapter(ROOT / "iosr_fast/backbones/demo/data/clip.safetensors")
     with pytest.raises(ValueError, match=r"first_adapted_block in 0\.\.5 .* got 6"):
         init_adapter(clip, 6)
     with pytest.raises(ValueError, match="trained for another CLIP"):

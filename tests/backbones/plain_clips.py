@@ -11,9 +11,9 @@ import open_clip
 import torch
 from timm.models.vitamin import GeGluMlp, VitCfg, VitConvCfg, _create_vitamin
 
-from iosr_fast.clip.load import LoadedModel
-from tests.clip.families import named, randomise, timm_clip
-from tests.clip.small_clip import TEXT, small_clip
+from iosr_fast.backbones.load import LoadedModel
+from tests.backbones.families import named, randomise, timm_clip
+from tests.backbones.small_clip import TEXT, small_clip
 
 
 def vitamin(_small: str, pretrained: bool = False, **options: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast.clip.dual_config import DualEncoderConfig
+from iosr_fast.backbones.dual_config import DualEncoderConfig
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, each (tokens, head width)
 QUICK_GELU = 1.702

@@ -13,9 +13,9 @@ import timm
 import torch
 from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 
-from iosr_fast.clip.load import LoadedModel
+from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.images.geometry import Geometry
-from tests.clip.small_clip import TEXT, small_clip
+from tests.backbones.small_clip import TEXT, small_clip
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 

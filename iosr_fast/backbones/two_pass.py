@@ -12,8 +12,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from iosr_fast.clip.adapter import Adapter, adapted_pass  # noqa: E402
-from iosr_fast.clip.load import LoadedModel  # noqa: E402
+from iosr_fast.backbones.adapter import Adapter, adapted_pass  # noqa: E402
+from iosr_fast.backbones.load import LoadedModel  # noqa: E402
 
 
 class TwoPasses(nn.Module):

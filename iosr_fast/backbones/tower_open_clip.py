@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast.clip.tower import Affine, BlockParts, MlpParts, TowerBlock, TowerParts, VisionTower, affine, shallow_copy
+from iosr_fast.backbones.tower import (
+    Affine,
+    BlockParts,
+    MlpParts,
+    TowerBlock,
+    TowerParts,
+    VisionTower,
+    affine,
+    shallow_copy,
+)
 
 
 class OpenClipBlock(TowerBlock):

@@ -1,0 +1,1 @@
+"""Models in torch: loading, adapter, dual encoder, prompts. No torch: `demo`, `load`, `models`."""
