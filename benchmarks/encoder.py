@@ -43,10 +43,12 @@ from iosr_fast.encoders.engine_folder import EXTRAS, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.build import write_engine
-from iosr_fast.export.check import calibration_pictures, check_rows, evenly
+from iosr_fast.export.check import check_rows
 from iosr_fast.export.onnx import export_onnx
 from iosr_fast.export.pretrained import choose_adapter
+from iosr_fast.export.quantize.calibration import calibration_pictures, evenly
 from iosr_fast.export.quantize.encoder import quantize_onnx
+from iosr_fast.export.source import source_of
 from iosr_fast.images.preprocess import resize_and_crop
 
 CALIBRATED, DIFFERENT = 32, 24  # pictures to calibrate on, of a CLIP without its own, and in a batch at most
@@ -81,7 +83,7 @@ def pictures_of(clip: LoadedModel) -> tuple[np.ndarray, np.ndarray]:
     """Pictures to calibrate on and to time, uint8 (N, S, S, 3): of generic concepts and of test concepts."""
     tested = evenly(held_out()[0].images, DIFFERENT)
     if clip.name == "demo":
-        return calibration_pictures(clip), tested
+        return calibration_pictures(clip.name, clip.geometry), tested
 
     def views(pictures: np.ndarray) -> np.ndarray:
         made = [photograph(picture, seed=i) for i, picture in enumerate(pictures)]
@@ -162,7 +164,7 @@ class Encoders:
         folder = self.folder / f"{runtime}-engine"
         if runtime not in self.built:
             self.run.say(f"building an engine for {runtime}")
-            made = write_engine(self.clip, self.adapter, folder, runtime, self.precision, self.max_batch)
+            made = write_engine(source_of(self.clip, self.adapter), folder, runtime, self.precision, self.max_batch)
             self.built[runtime] = {"build_seconds": made["build_seconds"]}
         encoder = open_engine(folder, runtime, threads=self.run.threads)
         encoder.warm([batch])

@@ -27,7 +27,8 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import new_file, run
 from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.preprocess import to_pixels
 from tools.load_test import PACKAGES as OURS
 from tools.load_test import Contender, capacity, lone, make_rows, turns
@@ -100,8 +101,10 @@ def make_models(folder: Path) -> dict[str, Path]:
     saved, adapter = folder / "adapter.safetensors", random_adapter(clip, FIRST_ADAPTED_BLOCK, BOTTLENECK)
     save_adapter(adapter, saved)
     pictures = list(load_pictures("held-out").images[: CLASSES * SHOTS])
-    write_engine(clip, adapter, engines["fp32"])
-    convert_engine(engines["fp32"], engines["int8"], "auto", "int8", to_pixels(pictures, clip.geometry))
+    write_engine(source_of(clip, adapter), engines["fp32"])
+    write_engine(
+        EngineSource(engines["fp32"]), engines["int8"], "auto", "int8", pictures=to_pixels(pictures, clip.geometry)
+    )
     for precision, bundle in bundles.items():
         classifier = Classifier(MODEL, "none", saved, engine=engines[precision], method="tip-adapter++", tune="none")
         classifier.fit(pictures, [f"class {number // SHOTS}" for number in range(len(pictures))]).save(bundle)

@@ -30,7 +30,8 @@ from benchmarks.papers import papers_arrays, papers_logits
 from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.files.stream import Reader, ReadOptions
 from iosr_fast.head.support_images import SupportSettings
 from iosr_fast.images.geometry import Geometry
@@ -53,11 +54,11 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 48, first_adapted_blo
         paths = write_photographs(folder / "photographs", pictures)
         narrow = "fp16" if run.device.is_gpu else "int8"
         run.say(f"writing engines in fp32 and {narrow}")
-        write_engine(clip, adapter, folder / "fp32")
+        write_engine(source_of(clip, adapter), folder / "fp32")
         if run.device.is_gpu:
-            write_engine(clip, adapter, folder / narrow, precision=narrow)
+            write_engine(source_of(clip, adapter), folder / narrow, precision=narrow)
         else:
-            convert_engine(folder / "fp32", folder / narrow, "auto", narrow, pictures_of(clip)[0])
+            write_engine(EngineSource(folder / "fp32"), folder / narrow, "auto", narrow, pictures=pictures_of(clip)[0])
         classifiers = {precision: fit(model, folder / precision, paths) for precision in ("fp32", narrow)}
 
         def eager() -> rivals.Embed:

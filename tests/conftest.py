@@ -124,9 +124,7 @@ def demo_cache() -> Path:
 @pytest.fixture
 def exports_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of the same dual encoder share one export, in all tests that take this."""
-    from iosr_fast.export import build
-
-    monkeypatch.setattr(build, "export_onnx", shared.export_once)
+    monkeypatch.setattr("iosr_fast.export.source.export_onnx", shared.export_once)
 
 
 @pytest.fixture(scope="module")

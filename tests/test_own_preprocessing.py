@@ -17,7 +17,8 @@ from iosr_fast import Classifier
 from iosr_fast.backbones.demo.pictures import FOLDER, load_pictures
 from iosr_fast.backbones.load import LoadedModel, load_clip
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import decode_pixels
 from iosr_fast.sealed.manifest import MANIFEST
@@ -62,7 +63,7 @@ def clip() -> LoadedModel:
 @pytest.fixture(scope="module")
 def engine(clip: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines") / "squash"
-    write_engine(clip, None, folder, "onnxruntime")
+    write_engine(source_of(clip), folder, "onnxruntime")
     return folder
 
 
@@ -81,12 +82,12 @@ def test_an_engine_keeps_the_geometry(engine: Path, tmp_path: Path) -> None:
     manifest = json.loads((engine / MANIFEST).read_text())
     assert (manifest["image_size"], manifest["resize_mode"], manifest["interpolation"]) == (64, "squash", "bilinear")
     assert "fill" not in manifest and open_engine(engine).geometry == SQUASH
-    convert_engine(engine, tmp_path / "openvino", "openvino", "fp32")
+    write_engine(EngineSource(engine), tmp_path / "openvino", "openvino", "fp32")
     assert open_engine(tmp_path / "openvino").geometry == SQUASH
 
 
 def test_an_older_manifest_is_the_shorter_side(engine: Path, tmp_path: Path) -> None:
-    write_engine(load_clip("iosr-default", "none"), None, tmp_path / "engine", "onnxruntime")
+    write_engine(source_of(load_clip("iosr-default", "none")), tmp_path / "engine", "onnxruntime")
     manifest = json.loads((tmp_path / "engine" / MANIFEST).read_text())
     assert manifest["interpolation"] == "bicubic" and not {"resize_mode", "fill"} & set(manifest)
     assert open_engine(tmp_path / "engine").geometry == Geometry(64)

@@ -125,6 +125,18 @@ def random_adapter(clip: LoadedModel, first_adapted_block: int, bottleneck: int 
     return adapter.eval().requires_grad_(False)
 
 
+def check_fits(adapter: Adapter, visual: Any, name: str) -> None:
+    """Raise ValueError unless `adapter` has the blocks and the width of this image encoder, which may be of shapes
+    alone (load.shapes_of)."""
+    tower, config = vision_tower(visual, name), adapter.config
+    expected, got = (config.blocks, config.width), (len(tower.blocks), tower.width)
+    if expected != got:
+        raise IosrFastError(
+            f"the adapter was trained for another CLIP: expected {config.clip_name} with {expected[0]} blocks of width "
+            f"{expected[1]}, got {name} with {got[0]} of width {got[1]}"
+        )
+
+
 def check_belongs(adapter: Adapter, clip: LoadedModel) -> None:
     """Raise ValueError unless `adapter` was trained for this CLIP's weights."""
     expected, got = adapter.config.clip_fingerprint, clip.fingerprint

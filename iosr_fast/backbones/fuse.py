@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,8 +14,7 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.backbones.adapter import Adapter, check_belongs  # noqa: E402
-from iosr_fast.backbones.architecture import refuse_fusing  # noqa: E402
+from iosr_fast.backbones.adapter import Adapter  # noqa: E402
 from iosr_fast.backbones.dual_config import DualEncoderConfig, GraphPrecision  # noqa: E402
 from iosr_fast.backbones.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.backbones.tower import Affine, AttentionPoolParts, BlockParts, MlpParts, TowerParts  # noqa: E402
@@ -29,37 +29,38 @@ State = dict[str, torch.Tensor]
 def build_dual_encoder(
     clip: LoadedModel, adapter: Adapter | None = None, precision: GraphPrecision = "fp32"
 ) -> DualEncoder:
-    """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
+    """Fuse a vision transformer of open_clip or timm (`vision_tower`) and its adapter; on the CPU.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
     LayerNorm, softmax and last normalisation. `resize.resize_clip` gives a CLIP for smaller pictures.
 
-    Raises ValueError for an image encoder that can't be fused (a convolutional network, an attentional pooler of
-    open_clip, custom blocks) and an adapter of another CLIP.
+    Raises ValueError for an image encoder that can't be fused: a convolutional network, an attentional pooler of
+    open_clip, custom blocks.
     """
     if precision not in get_args(GraphPrecision):
         raise IosrFastError(f"expected a precision of {list(get_args(GraphPrecision))}, got {precision!r}")
-    if adapter is not None:
-        check_belongs(adapter, clip)
-    config = infer_config(clip, adapter, precision)
+    config = infer_config(clip.model.visual, clip.name, adapter, precision)
     encoder = DualEncoder.from_config(asdict(config))
     encoder.load_state_dict(fused_state_dict(clip, adapter, config))
     return encoder
 
 
-def infer_config(clip: LoadedModel, adapter: Adapter | None, precision: GraphPrecision) -> DualEncoderConfig:
-    """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
-    tower = vision_tower(clip.model.visual, clip.name)
-    refuse_fusing(clip.name, tower.refusals())
+def infer_config(
+    visual: Any, name: str, adapter: Adapter | None = None, precision: GraphPrecision = "fp32"
+) -> DualEncoderConfig:
+    """The shapes of the dual encoder for an image encoder of open_clip, which may be of shapes alone
+    (load.shapes_of). Raises ValueError, with the CLIP's `name`, for one that can't be fused."""
+    tower = vision_tower(visual, name)
+    _refuse(name, tower.refusals())
     parts = tower.parts()
     block, pool = parts.blocks[0], parts.attention_pool
-    activation = _activation(clip.name, block.mlp)
-    refuse_fusing(
-        clip.name,
+    activation = _activation(name, block.mlp)
+    _refuse(
+        name,
         {
             "another activation in its stem than in its MLPs": len(parts.stem) > 1 and activation != "gelu",
             "another MLP in its attention pool than in its blocks": pool is not None
-            and (_activation(clip.name, pool.mlp) != activation or (pool.mlp.norm or block.mlp.norm) is not None),
+            and (_activation(name, pool.mlp) != activation or (pool.mlp.norm or block.mlp.norm) is not None),
         },
     )
     return DualEncoderConfig(
@@ -72,7 +73,7 @@ def infer_config(clip: LoadedModel, adapter: Adapter | None, precision: GraphPre
         embedding_width=tower.embedding_width,
         activation=activation,
         ln_pre=parts.norm_pre is not None,
-        eps=_eps(clip.name, parts),
+        eps=_eps(name, parts),
         precision=precision,
         first_adapted_block=None if adapter is None else adapter.config.first_adapted_block,
         bottleneck=None if adapter is None else adapter.config.bottleneck,
@@ -92,13 +93,28 @@ def infer_config(clip: LoadedModel, adapter: Adapter | None, precision: GraphPre
     )
 
 
-def unfusible_reason(clip: LoadedModel) -> str | None:
-    """Why this CLIP's image encoder can't be fused, or None."""
+def unfusible_reason(visual: Any, name: str) -> str | None:
+    """Why this image encoder can't be fused, or None."""
     try:
-        infer_config(clip, None, "fp32")
+        infer_config(visual, name)
     except IosrFastError as error:
         return str(error)
     return None
+
+
+def check_adaptable(visual: Any, name: str) -> None:
+    """Raise ValueError for an image encoder that can't have an adapter."""
+    if reason := unfusible_reason(visual, name):
+        raise IosrFastError(
+            f"{reason}. Without an adapter {name} gives the plain embedding, for every method without ++"
+        )
+
+
+def _refuse(name: str, reasons: Mapping[str, bool]) -> None:
+    """Raise ValueError with the first reason that applies."""
+    for reason, applies in reasons.items():
+        if applies:
+            raise IosrFastError(f"{name} can't be fused: its image encoder has {reason}")
 
 
 def _activation(name: str, mlp: MlpParts) -> Any:

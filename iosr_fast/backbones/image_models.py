@@ -28,30 +28,19 @@ _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}  # by timm's crop_mode
 
 
-NO_PRODUCTS = "8 bits are for products with constant matrices, and its encoder has convolutions alone"
-
-
-def has_products(module: Any) -> bool:
-    """Whether a torch module has products with constant matrices, which 8 bits are for, beside the last, which stays in
-    float."""
-    linear = require("torch.nn", "cpu").Linear
-    return sum(isinstance(layer, linear) for layer in module.modules()) > 1
-
-
 @dataclass(frozen=True)
 class ImageModel:
-    """What is known of an image encoder without its weights. As in timm's evaluation (crop_pct), it takes the `centre`
-    pixels of a larger square, `geometry`."""
+    """What is known of an image encoder without its weights, `shapes` being timm's module on the meta device. As in
+    timm's evaluation (crop_pct), it takes the `centre` pixels of a larger square, `geometry`."""
 
     architecture: str  # timm's name, with a tag if one was named
     tags: tuple[str, ...]  # of published weights
-    family: str
+    shapes: Any
     geometry: Geometry
     centre: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     width: int
-    has_products: bool
 
 
 def is_image_model(name: str) -> bool:
@@ -94,13 +83,12 @@ def image_model(name: str) -> ImageModel:
     return ImageModel(
         architecture=architecture,
         tags=() if name == PHOTOGRAPHS else tags,
-        family=type(model).__name__,
+        shapes=model,
         geometry=geometry,
         centre=centre[0],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         width=shape[1],
-        has_products=has_products(model),
     )
 
 

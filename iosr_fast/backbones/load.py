@@ -17,7 +17,7 @@ from iosr_fast.backbones.download import downloading
 from iosr_fast.backbones.image_models import image_model, is_image_model, load_encoder
 from iosr_fast.backbones.load_tokenizer import load_tokenizer
 from iosr_fast.backbones.models import DEMO_FOLDER, DEMO_NAME, HUB, LOCAL, check_model, find_weights, is_torchscript
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
 
@@ -54,6 +54,24 @@ class LoadedModel:
     def image_size(self) -> int:
         """Side of the square pictures that the model takes."""
         return self.geometry.size
+
+
+def shapes_of(name: str, config: dict[str, Any]) -> Any:
+    """The image encoder of a model, as a module of shapes without weights (torch's meta device), which takes no memory:
+    what is refused of a loaded encoder is refused of it, before anything is downloaded. `config`: as of check_model.
+
+    Raises DamagedFileError for a configuration that open_clip can't build.
+    """
+    if is_image_model(name):
+        return image_model(name).shapes
+    torch, open_clip = require("torch", "cpu"), require("open_clip.model", "cpu")
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            return open_clip._build_vision_tower(config["embed_dim"], vision)
+    except Exception as error:  # what open_clip and timm raise depends on the configuration
+        what = f"expected a vision_cfg that open_clip can build in the configuration of {name}"
+        raise DamagedFileError(f"{what}, got: {error}") from error
 
 
 def load_model(name: str, pretrained: str | Path | None = None) -> LoadedModel:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.backbones.architecture import check_architecture, fused_family
 from iosr_fast.backbones.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.backbones.download import downloading
-from iosr_fast.backbones.image_models import NO_PRODUCTS, ONNX, TIMM, check_image_model, image_model, is_image_model
+from iosr_fast.backbones.image_models import TIMM, check_image_model, is_image_model
 from iosr_fast.backbones.load_tokenizer import require_transformers
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.require import require, require_installed
@@ -36,65 +34,6 @@ _WEIGHTS = (
     "pytorch_model.pth",
     "model.pth",
 )
-# By the first part of timm's name.
-_PLAIN_FAMILIES = {"convnext": "convnext", "fastvit": "mobileclip-s", "vitamin": "vitamin"}
-
-
-@dataclass(frozen=True)
-class ModelSupport:
-    """What is supported of a model.
-
-    dual  its image encoder is fused with an adapter (backbones.dual_encoder); without one, every model has an engine
-    text  its text encoder is exported, so that a saved classifier adds classes without PyTorch; False: it is one of
-          Hugging Face's and runs in transformers; None: the model reads no texts
-    """
-
-    name: str
-    tags: tuple[str, ...]
-    family: str
-    image_size: int
-    width: int
-    dual: bool
-    text: bool | None
-
-
-def list_models() -> list[ModelSupport]:
-    """Every model of open_clip that has published weights, from the configurations alone."""
-    open_clip = require("open_clip", "cpu")
-    names = dict.fromkeys(name for name, _ in open_clip.list_pretrained())
-    return [describe_model(name) for name in sorted(names, key=str.casefold)]
-
-
-def describe_model(name: str) -> ModelSupport:
-    """What is supported of one model. Raises for an unknown one as `model_config` and `image_model` do."""
-    if is_image_model(name):
-        known = image_model(name)
-        return ModelSupport(name, known.tags, known.family, known.geometry.size, known.width, dual=False, text=None)
-    config = model_config(name)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    size, fused = vision.get("image_size", 224), fused_family(vision)
-    own = not name.startswith((HUB, LOCAL)) and name not in ("demo", DEMO_NAME)
-    tags = require("open_clip", "cpu").list_pretrained_tags_by_model(_own_name(name)) if own else []
-    return ModelSupport(
-        name=name,
-        tags=tuple(tags),
-        family=fused or _plain_family(config),
-        image_size=size if isinstance(size, int) else size[0],
-        width=config["embed_dim"],
-        dual=fused is not None,
-        text=not text.get("hf_model_name"),
-    )
-
-
-def _plain_family(config: dict[str, Any]) -> str:
-    vision = config["vision_cfg"]
-    if "multimodal_cfg" in config:
-        return "coca"
-    timm_name = vision.get("timm_model_name")
-    if timm_name:
-        first = str(timm_name).partition("_")[0]
-        return _PLAIN_FAMILIES.get(first, first)
-    return "resnet" if isinstance(vision.get("layers"), list | tuple) else "vit"
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -112,26 +51,23 @@ def model_config(name: str) -> dict[str, Any]:
         with downloading(name, "the configuration"):
             downloaded = open_clip.get_model_config(name)
         return _checked(downloaded, f"{CONFIG} of {name}")
-    config = open_clip.get_model_config(_own_name(name))
+    config = open_clip.get_model_config(own_name(name))
     if config is None:
         raise _unknown(name, open_clip.list_models())
     return dict(config)
 
 
-def check_model(name: str, pretrained: str | Path | None, precision: str = "fp32") -> dict[str, Any]:
-    """Refuse what `load_model` could not load and write_engine not quantise to a `precision`, from configurations and
-    the names of files alone; returns open_clip's configuration of a CLIP.
+def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
+    """Refuse what `load_model` could not load, from configurations and the names of files alone; returns open_clip's
+    configuration of a CLIP.
 
-    Raises ValueError for an unknown model or tag, for a model without weights or with two, and for 8 bits where there
-    is nothing to compute in them; FileNotFoundError for missing files; ImportError for a model that needs a package
-    that is missing.
+    Raises ValueError for an unknown model or tag and for a model without weights or with two; FileNotFoundError for
+    missing files; ImportError for a model that needs a package that is missing.
     """
     if is_image_model(name):
         check_image_model(name, pretrained)
         if pretrained is not None and str(pretrained) != "none":
             refuse_programs(Path(pretrained))
-        if precision in ("int8", "fp8") and not name.endswith(ONNX) and not image_model(name).has_products:
-            raise IosrFastError(f"expected fp32 or bf16 for {name}, got {precision}: {NO_PRODUCTS}")
         return {}
     if name.startswith((HUB, LOCAL)) and pretrained is not None and str(pretrained) != "none":
         raise IosrFastError(
@@ -149,7 +85,7 @@ def check_model(name: str, pretrained: str | Path | None, precision: str = "fp32
         refuse_programs(find_weights(Path(name.removeprefix(LOCAL))))
     if name.startswith((HUB, LOCAL)):
         return config
-    tags = require("open_clip", "cpu").list_pretrained_tags_by_model(_own_name(name))
+    tags = require("open_clip", "cpu").list_pretrained_tags_by_model(own_name(name))
     published = f"one of its tags {tags}" if tags else "(open_clip lists none for it)"
     if pretrained is None:
         raise IosrFastError(
@@ -164,23 +100,6 @@ def check_model(name: str, pretrained: str | Path | None, precision: str = "fp32
         f"{name} has no pretrained tag {str(pretrained)!r}: {did_you_mean(str(pretrained), tags)}expected {published}, "
         "a file, or 'none'"
     )
-
-
-def is_fused(name: str) -> bool:
-    """Whether a model's image encoder is fused, with or without an adapter; others give the plain embedding only."""
-    return not is_image_model(name) and fused_family(model_config(name)["vision_cfg"]) is not None
-
-
-def check_adaptable(name: str) -> None:
-    """Raise ValueError for a model whose image encoder can't have an adapter."""
-    if is_image_model(name):
-        raise IosrFastError(f"expected a CLIP for an adapter, got {name}, which gives the plain embedding only")
-    try:
-        check_architecture(name, model_config(name)["vision_cfg"])
-    except IosrFastError as error:
-        raise IosrFastError(
-            f"{error}. Without an adapter {name} gives the plain embedding, for every method without ++"
-        ) from error
 
 
 def find_weights(folder: Path) -> Path:
@@ -213,7 +132,7 @@ def refuse_programs(path: Path) -> None:
         )
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     return name.replace("/", "-")
 
 
@@ -221,7 +140,7 @@ def _unknown(name: str, names: list[str]) -> IosrFastError:
     return IosrFastError(
         f"expected 'photographs', {TIMM}NAME, {HUB}OWNER/REPOSITORY, {LOCAL}FOLDER, 'demo' or one of open_clip's "
         f"models, got {name!r}: "
-        f"{did_you_mean(_own_name(name), names, 3)}`iosr-fast models` lists all"
+        f"{did_you_mean(own_name(name), names, 3)}`iosr-fast models` lists all"
     )
 
 

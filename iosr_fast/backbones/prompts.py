@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from iosr_fast.backbones.load_tokenizer import load_tokenizer
-from iosr_fast.backbones.models import model_config
 from iosr_fast.backbones.tokenizer import count_tokens
 from iosr_fast.exceptions import IosrFastError
 
@@ -91,10 +90,16 @@ def class_texts(
     return texts
 
 
-def check_texts(model: str, names: Sequence[str], templates: Sequence[str] | None, descriptions: Descriptions) -> None:
+def check_texts(
+    model: str,
+    config: Mapping[str, Any],
+    names: Sequence[str],
+    templates: Sequence[str] | None,
+    descriptions: Descriptions,
+) -> None:
     """`class_texts` of a CLIP that is not loaded yet: its tokenizer is small beside the weights that it saves."""
     prompts = PHOTO_TEMPLATES if templates is None else templates
-    class_texts(load_tokenizer(model, model_config(model)), names, prompts, descriptions)
+    class_texts(load_tokenizer(model, config), names, prompts, descriptions)
 
 
 def embed_classes(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.backbones.architecture import not_a_vision_transformer
 from iosr_fast.backbones.image_models import is_image_model
 from iosr_fast.backbones.tower import VisionTower, shallow_copy
 from iosr_fast.backbones.tower_open_clip import OpenClipTower
@@ -25,7 +24,11 @@ def vision_tower(visual: Any, name: str = "this CLIP") -> VisionTower:
     trunk = getattr(visual, "trunk", None)
     if type(trunk).__name__ in ("VisionTransformer", "Eva") and not getattr(trunk, "rope_mixed", False):
         return TimmTower(visual)
-    raise not_a_vision_transformer(name, type(visual if trunk is None else trunk).__name__)
+    raise IosrFastError(
+        f"{name} has a {type(visual if trunk is None else trunk).__name__} image encoder; expected a vision "
+        "transformer of open_clip or timm (ViT-B-16, ViT-L-14, ViT-B-16-SigLIP2, PE-Core-B-16, EVA02-B-16 and similar "
+        "models)"
+    )
 
 
 def resize_clip(clip: LoadedModel, image_size: int) -> LoadedModel:

@@ -32,7 +32,8 @@ COMMANDS = {
     "Adapters, engines and embeddings": {
         "models": "List the CLIPs of open_clip and what is supported of each.",
         "train-adapter": "Train the adapter of a CLIP.",
-        "build-engine": "Compile a CLIP and its adapter, or a saved classifier.",
+        "build-engine": "Compile a CLIP and its adapter.",
+        "build-plan": "Compile a saved classifier for TensorRT and Triton.",
         "embed": "Write the embeddings of a set of images.",
         "open-images-subset": "Choose a balanced subset of Open Images to train on.",
     },

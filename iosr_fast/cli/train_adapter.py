@@ -61,8 +61,9 @@ def train_adapter(
     given = {"first_adapted_block": first_adapted_block, "bottleneck": bottleneck}
     require_installed("torch", "train")
     from iosr_fast.backbones.adapter import init_adapter
-    from iosr_fast.backbones.load import load_clip
-    from iosr_fast.backbones.models import check_adaptable, check_model
+    from iosr_fast.backbones.fuse import check_adaptable
+    from iosr_fast.backbones.load import load_clip, shapes_of
+    from iosr_fast.backbones.models import check_model
     from iosr_fast.backbones.vision_tower import vision_tower
     from iosr_fast.training.adapted_encoder import AdaptedEncoder
     from iosr_fast.training.config import PRESETS, read_settings
@@ -72,8 +73,7 @@ def train_adapter(
 
     preset = preset or ("demo" if data == "demo" else "fast")
     check_out(out)
-    check_model(model, pretrained)
-    check_adaptable(model)
+    check_adaptable(shapes_of(model, check_model(model, pretrained)), model)
     in_file = {} if settings is None else read_settings(settings)
     paths, labels = ([], []) if data == "demo" else read_data(Path(data), nested)
     clip = load_clip(model, pretrained)

@@ -13,7 +13,8 @@ import numpy as np
 from iosr_fast.delivery.engine_choice import OptimizeOptions, rejection_reason
 from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.export.check import MIN_COSINES, evenly
+from iosr_fast.export.check import MIN_COSINES
+from iosr_fast.export.quantize.calibration import evenly
 from iosr_fast.images.crop import Sharing
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods.folds import make_folds

@@ -19,7 +19,7 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.candidates import Candidate, CandidateBuilder, list_candidates, with_smaller_images
-from iosr_fast.export.check import evenly
+from iosr_fast.export.quantize.calibration import evenly
 from iosr_fast.head.support_images import encode_images
 from iosr_fast.utils.machine import processors
 from iosr_fast.utils.progress import progress as bar

@@ -30,13 +30,11 @@ def torch_encoder(clip: LoadedModel, adapter: Any) -> Encode:
     """
     import torch
 
-    from iosr_fast.backbones.fuse import build_dual_encoder, unfusible_reason
-    from iosr_fast.backbones.plain_encoder import PlainEncoder
+    from iosr_fast.export.source import source_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip.model.visual.to(device)
-    encoder: Any = build_dual_encoder(clip, adapter) if unfusible_reason(clip) is None else PlainEncoder(clip)
-    encoder = encoder.eval().to(device)
+    encoder = source_of(clip, adapter).module().eval().to(device)
 
     @torch.inference_mode()
     def run(pixels: np.ndarray) -> Embeddings:

@@ -7,22 +7,18 @@ import shutil
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from iosr_fast.backbones.image_models import NO_PRODUCTS
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.engine_folder import ONNX_FILE, ONNX_RUNTIMES, runtimes_of, unavailable_reason
+from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.build import convert_engine, write_engine
-from iosr_fast.export.check import MIN_PICTURES
-from iosr_fast.export.onnx import engine_graph
-from iosr_fast.export.precision import QUANTISED, graph_precision, runtimes_in
-from iosr_fast.export.quantize.graph import graph_has_products
+from iosr_fast.export.build import write_engine
+from iosr_fast.export.quantize.calibration import MIN_PICTURES, NO_PRODUCTS, QUANTISED
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.files import in_cache, temporary_folder
 from iosr_fast.sealed.verified_folder import VerifiedFolder
@@ -73,18 +69,18 @@ def list_candidates(
     precisions: tuple[str, ...] = ON_CPU if gpu is None else ON_GPU
     if engine.manifest["precision"] != "fp32":
         precisions = (engine.manifest["precision"],)
-    fused = engine.manifest["dual_encoder"] is not None
+    source = EngineSource(engine)
     listed = [
         Candidate(name, each)
         for each in precisions
         for name in names
-        if name in runtimes_in(each, fused) and runtime in ("auto", name) and precision in ("auto", each)
+        if name in source.runtimes(each) and runtime in ("auto", name) and precision in ("auto", each)
         if runtime != "auto" or unavailable_reason(name) is None
     ]
-    return [one._replace(left_out=_left_out(one, engine, pictures, with_clip)) for one in listed]
+    return [one._replace(left_out=_left_out(one, source, pictures, with_clip)) for one in listed]
 
 
-def _left_out(one: Candidate, engine: VerifiedFolder, pictures: int, with_clip: bool) -> str:
+def _left_out(one: Candidate, source: EngineSource, pictures: int, with_clip: bool) -> str:
     if (reason := unavailable_reason(one.runtime)) is not None:
         return reason
     in_bf16 = one.precision == "bf16" and one.runtime == "openvino"
@@ -93,36 +89,21 @@ def _left_out(one: Candidate, engine: VerifiedFolder, pictures: int, with_clip: 
     gpu = this_gpu() if one.precision == "fp8" else None
     if gpu is not None and gpu.capability < (8, 9):
         return f"{gpu.name} has no fp8 instructions"
-    if _is_there(one, engine):
+    if _is_there(one, source.engine):
         return ""
-    if one.precision in QUANTISED and not _has_products(engine):
+    if one.precision in QUANTISED and not source.products:
         return NO_PRODUCTS
     if one.precision in QUANTISED and pictures < MIN_PICTURES:
         return f"{MIN_PICTURES} pictures are needed to calibrate, got {pictures}"
-    if _is_exported(one, engine) and not with_clip:
+    if not with_clip and not source.has_graph_of(one.precision, one.runtime):
         return "it is exported from the model's weights, which were not named"
     return ""
-
-
-def _has_products(engine: VerifiedFolder) -> bool:
-    """Whether 8 bits make something faster. Fused encoders have products; of another the graph says it."""
-    if engine.manifest["dual_encoder"] is not None or find_spec("onnx") is None:  # without onnx, building says it
-        return True
-    return graph_has_products(engine_graph(engine))
 
 
 def _is_there(one: Candidate, engine: VerifiedFolder) -> bool:
     """Whether the engine itself is this candidate."""
     manifest = engine.manifest
     return not one.tokens and one.precision == manifest["precision"] and one.runtime in runtimes_of(manifest)
-
-
-def _is_exported(one: Candidate, engine: VerifiedFolder) -> bool:
-    """Whether the candidate is exported from the CLIP, because the engine's own encoder.onnx is not enough."""
-    manifest = engine.manifest
-    if one.tokens or one.runtime == "torch" or manifest["precision"] != "fp32" or ONNX_FILE not in manifest["files"]:
-        return True
-    return graph_precision(one.precision, one.runtime, manifest["dual_encoder"] is not None) != "fp32"
 
 
 class CandidateBuilder:
@@ -193,8 +174,9 @@ class CandidateBuilder:
         self._building.close()
 
     def _build(self, folder: Path, one: Candidate) -> None:
-        if not _is_exported(one, self.engine):
-            convert_engine(self.engine, folder, one.runtime, one.precision, self._pictures)
+        engine = EngineSource(self.engine)
+        if not one.tokens and engine.has_graph_of(one.precision, one.runtime):
+            write_engine(engine, folder, one.runtime, one.precision, pictures=self._pictures)
             return
         assert self._loaded is not None  # _left_out
         clip, adapter = self._loaded
@@ -202,4 +184,4 @@ class CandidateBuilder:
         if size is not None and pictures is not None:
             pictures = to_pixels(list(pictures), replace(clip.geometry, size=size))
         max_batch = self.engine.manifest["max_batch"]
-        write_engine(clip, adapter, folder, one.runtime, one.precision, max_batch, pictures, image_size=size)
+        write_engine(source_of(clip, adapter, size), folder, one.runtime, one.precision, max_batch, pictures)

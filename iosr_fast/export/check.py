@@ -1,87 +1,34 @@
-"""The pictures that an engine is calibrated and checked on, and the check, before anything is written."""
+"""The pictures that an engine is checked on, and the check, before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.from_onnx import FP32_MAX_ERROR
-from iosr_fast.images.listing import IMAGE_SUFFIXES, list_images
-from iosr_fast.images.preprocess import to_pixels
+from iosr_fast.export.quantize.calibration import QUANTISED, evenly
 
-if TYPE_CHECKING:
-    from iosr_fast.backbones.load import LoadedModel
-    from iosr_fast.export.from_onnx import OnnxModel
-
+FP32_MAX_ERROR = 1e-4  # of embeddings that are equal, but for rounding in another runtime or at another place
 MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
 CHECKED_PICTURES = 8
-CALIBRATION_PICTURES, MIN_PICTURES = 256, 8
 # By kind of picture: pixels uint8 (N, S, S, 3), and the right embeddings, (N, D) float32 each.
 Truth = Mapping[str, tuple[np.ndarray, tuple[np.ndarray, ...]]]
 
 
-def calibration_pictures(clip: LoadedModel | OnnxModel, folder: str | Path | None = None) -> np.ndarray:
-    """At most 256 pictures, evenly spaced in `folder` (with sub-folders), as uint8 (N, S, S, 3).
-
-    Without a folder, the demo's CLIP takes its generic pictures, which show none of the held-out concepts. Raises
-    ValueError for another CLIP without a folder and for a folder without pictures, FileNotFoundError for a missing
-    folder.
-    """
-    if folder is None:
-        if clip.name != "demo":
-            raise IosrFastError(
-                f"expected calibration pictures to quantise {clip.name}, got none; give a folder of a few hundred "
-                "like those to be classified (iosr-fast build-engine --calibration DIR)"
-            )
-        from iosr_fast.backbones.demo.pictures import load_pictures
-
-        return evenly(load_pictures("generic").images, CALIBRATION_PICTURES)
-    paths = list_images(folder).paths
-    if not paths:
-        raise IosrFastError(
-            f"expected pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none"
-        )
-    chosen = evenly(np.array(paths, dtype=object), CALIBRATION_PICTURES).tolist()
-    return to_pixels(chosen, clip.geometry)
-
-
-def check_calibration(pictures: np.ndarray | None, size: int, precision: str) -> np.ndarray:
-    """`pictures`; ValueError unless they are at least MIN_PICTURES as uint8 (N, size, size, 3)."""
-    got = "none"
-    if pictures is not None:
-        if pictures.dtype == np.uint8 and pictures.shape[1:] == (size, size, 3) and len(pictures) >= MIN_PICTURES:
-            return pictures
-        got = f"{pictures.dtype} {pictures.shape}"
-    raise IosrFastError(
-        f"expected calibration pictures as uint8 (N, {size}, {size}, 3) with N >= {MIN_PICTURES} for {precision}, "
-        f"got {got}; calibration_pictures reads them from a folder, images.preprocess.to_pixels resizes them"
-    )
-
-
-def checked_pictures(size: int, pictures: np.ndarray | None, noise: bool = True) -> dict[str, np.ndarray]:
+def checked_pictures(size: int, pictures: np.ndarray | None, precision: str) -> dict[str, np.ndarray]:
     """Three random pictures (another batch size than the export's example) and some of the given ones.
 
-    Without `noise`, the given ones replace the random ones: a quantised encoder has the ranges of real pictures.
+    The given ones replace the random ones in 8 bits, which have the ranges of real pictures.
     """
     checked = {}
-    if noise or pictures is None:
+    if precision not in QUANTISED or pictures is None:
         checked["random"] = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
     if pictures is not None:
         checked["real"] = evenly(pictures, CHECKED_PICTURES)
     return checked
-
-
-def evenly(items: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of `items`, evenly spaced from the first to the last, each once."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    chosen: np.ndarray = items[np.unique(places)]
-    return chosen
 
 
 def check(encoder: BatchedEncoder, truth: Truth, precision: str) -> dict[str, Any]:

@@ -15,20 +15,22 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from iosr_fast.encoders.encoder import unit
-from iosr_fast.encoders.engine_folder import Side
+from iosr_fast.encoders.engine_folder import ONNX_FILE, Side
 from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.export.check import FP32_MAX_ERROR
 from iosr_fast.export.one_file.value import Value
 from iosr_fast.export.onnx import IR, OPSET, leading_to, save_onnx
+from iosr_fast.export.quantize.calibration import graph_has_products
+from iosr_fast.export.source import Source, own_facts
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
 from iosr_fast.sealed.schema import Deviations, Level, Share, Strict
 from iosr_fast.utils.require import require
@@ -37,7 +39,6 @@ from iosr_fast.utils.text import abbreviate
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto, ValueInfoProto
 
-FP32_MAX_ERROR = 1e-4  # of embeddings that are equal, but for rounding in another runtime or at another place
 LARGEST_WIDTH = 1 << 16  # of an EngineManifest
 LARGEST_FILE = (1 << 31) - 1  # protobuf's limit; weights beside the file have none
 _FILE = "file/"  # before every name of the file's graph, so that none is one of ours
@@ -58,39 +59,34 @@ class PictureFacts(Strict, frozen=True, kw_only=True):
     output: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class OnnxModel:
-    """An image encoder of an ONNX file; what it shares with backbones.load.LoadedModel has the same name.
+class OnnxSource(Source):
+    """An image encoder of an ONNX file, compared with the file itself in ONNX Runtime.
 
     `graph` is the engine's, with all weights; `input` and `output` are the file's own. `fingerprint` is a SHA-256 over
     the file, its weights and its PictureFacts.
     """
 
-    path: Path
-    input: str
-    output: str
-    graph: ModelProto
-    geometry: Geometry
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    fingerprint: str
     tokenizer: ClassVar[None] = None
-    logit_scale: ClassVar[float] = 100.0  # nothing uses it without texts
 
-    @property
-    def name(self) -> str:
-        return self.path.name
+    def __init__(
+        self, path: Path, names: tuple[str, str], graph: ModelProto, facts: PictureFacts, fingerprint: str
+    ) -> None:
+        super().__init__(path.name, fused=False, products=graph_has_products(graph))
+        self.path, self.graph, self.fingerprint = path, graph, fingerprint
+        self.input, self.output = names
+        self.geometry = Geometry(facts.image_size, facts.resize_mode, facts.interpolation, facts.fill)
+        self.mean, self.std = tuple(facts.mean), tuple(facts.std)
 
-    @property
-    def image_size(self) -> int:
-        return self.geometry.size
+    def facts(self) -> dict[str, Any]:
+        return own_facts(self, self)
 
-    @property
-    def opset(self) -> int:
-        version: int = self.graph.opset_import[0].version
-        return version
+    def write(self, folder: Path, runtime: str, precision: str) -> dict[str, Any]:
+        model = type(self.graph)()
+        model.CopyFrom(self.graph)  # saving takes the weights out
+        save_onnx(model, folder / ONNX_FILE)
+        return {"opset": self.graph.opset_import[0].version}
 
-    def embed(self, pixels: np.ndarray) -> tuple[np.ndarray]:
+    def truth(self, pixels: np.ndarray) -> tuple[np.ndarray]:
         """The embeddings (B, D) of uint8 pixels (B, S, S, 3) by the file itself in ONNX Runtime.
 
         Raises IosrFastError for a graph that does not run, or does not give each picture a row of numbers that is the
@@ -117,14 +113,8 @@ class OnnxModel:
                 raise _refused(self.path, "a row for each picture that is its own at every place of a batch", fault)
         return (unit(parts[0]),)
 
-    def export(self, path: Path) -> None:
-        """Write the engine's graph, and its weights beside it, as export_onnx does."""
-        model = type(self.graph)()
-        model.CopyFrom(self.graph)  # saving takes the weights out
-        save_onnx(model, path)
 
-
-def read_onnx(file: str | Path) -> OnnxModel:
+def read_onnx(file: str | Path) -> OnnxSource:
     """The encoder in an ONNX file, with the facts beside it. What the graph declares is checked; nothing runs.
 
     Raises FileNotFoundError for a missing file, IosrFastError for facts or a graph that can't become an engine,
@@ -147,9 +137,7 @@ def read_onnx(file: str | Path) -> OnnxModel:
     for tensor in _external_tensors(wrapped):
         _load(tensor, path)
         digest.update(tensor.raw_data)
-    geometry = Geometry(facts.image_size, facts.resize_mode, facts.interpolation, facts.fill)
-    mean, std = tuple(facts.mean), tuple(facts.std)
-    return OnnxModel(path, source, output, wrapped, geometry, mean, std, digest.hexdigest())
+    return OnnxSource(path, (source, output), wrapped, facts, digest.hexdigest())
 
 
 @functools.lru_cache(maxsize=16)

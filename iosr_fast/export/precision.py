@@ -8,11 +8,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
-from iosr_fast.encoders.engine_folder import EXTRAS, ONNX_RUNTIMES, choose_runtime
+from iosr_fast.encoders.engine_folder import EXTRAS, ONNX_RUNTIMES, choose_runtime, target
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.check import check_calibration
+from iosr_fast.export.quantize.calibration import NO_PRODUCTS, QUANTISED
 from iosr_fast.utils import machine
 
 if TYPE_CHECKING:
@@ -28,35 +26,58 @@ RUNTIMES_OF = {
     "int8": ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
     "fp8": ("tensorrt", "tensorrt_rtx"),
 }
-QUANTISED = ("int8", "fp8")
 EXPORT_VERSION = 1  # increases when the same weights give other embeddings
-QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
 
 
-def runtimes_in(precision: str, fused: bool = True) -> tuple[str, ...]:
-    """The runtimes that compute in a precision. An encoder that is not fused is exported in fp32 and has ONNX only."""
-    possible = RUNTIMES_OF[precision] if fused or precision not in ("fp16", "fp8") else ()
-    return tuple(name for name in possible if fused or name != "torch")
+class Exportable:
+    """An image encoder, as far as it decides what its engines can be: one that is fused, with or without an adapter
+    (backbones.fuse), or one that is exported as it is, in fp32 and as ONNX; with products for 8 bits, or without."""
 
+    def __init__(self, name: str, fused: bool, products: bool) -> None:
+        self.name, self.fused, self.products = name, fused, products
 
-def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
-    """The runtime to build an engine for: `runtime` itself, or the best one here for "auto".
+    def runtimes(self, precision: str) -> tuple[str, ...]:
+        """The runtimes that compute it in a precision."""
+        possible = RUNTIMES_OF[precision] if self.fused or precision not in ("fp16", "fp8") else ()
+        return tuple(name for name in possible if self.fused or name != "torch")
 
-    `fused`: whether the image encoder can be fused (architecture.fused_family). Raises ValueError for an unknown
-    precision and for one that the runtime doesn't compute in.
-    """
-    if precision not in RUNTIMES_OF:
-        raise IosrFastError(f"expected a precision of {list(RUNTIMES_OF)}, got {precision!r}")
-    capable = runtimes_in(precision, fused)
-    of = "" if fused else " for an image encoder that can't be fused"
-    if not capable:
-        raise IosrFastError(f"expected fp32, bf16 or int8{of}, got {precision}")
-    runtime = choose_runtime(runtime, capable if runtime == "auto" else None)
-    if runtime not in capable:
-        raise IosrFastError(
-            f"expected one of {list(capable)}, which compute in {precision}{of}, got the runtime {runtime!r}"
-        )
-    return runtime
+    def check(self, runtime: str, precision: str) -> str:
+        """The runtime to build an engine for: `runtime` itself, or the best one here for "auto".
+
+        Raises ValueError for an unknown precision, one that the runtime doesn't compute in, and 8 bits without
+        products; ImportError for a missing package; RuntimeError for a plan that can't be built here.
+        """
+        if precision not in RUNTIMES_OF:
+            raise IosrFastError(f"expected a precision of {list(RUNTIMES_OF)}, got {precision!r}")
+        capable = self.runtimes(precision)
+        of = "" if self.fused else " for an image encoder that can't be fused"
+        if not capable:
+            raise IosrFastError(f"expected fp32, bf16 or int8{of}, got {precision}")
+        runtime = choose_runtime(runtime, capable if runtime == "auto" else None)
+        if runtime not in capable:
+            raise IosrFastError(
+                f"expected one of {list(capable)}, which compute in {precision}{of}, got the runtime {runtime!r}"
+            )
+        if precision in QUANTISED and not self.products:
+            raise IosrFastError(f"expected fp32 or bf16 for {self.name}, got {precision}: {NO_PRODUCTS}")
+        if runtime in EXTRAS:
+            target(runtime)
+        return runtime
+
+    def default_precisions(self, runtime: str) -> tuple[str, ...]:
+        """What an engine is built in where no precision is named: the first whose embeddings are right. On a CPU, and
+        of an encoder that is not fused, fp32."""
+        if not self.fused or self.check(runtime, "fp32") in ONNX_RUNTIMES or machine.this_gpu() is None:
+            return ("fp32",)
+        return tuple(name for name in ("fp16", "bf16", "fp32") if runtime in ("auto", *RUNTIMES_OF[name]))
+
+    def graph_precision(self, precision: str, runtime: str) -> GraphPrecision:
+        """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for
+        TensorRT, fp32 on a CPU and for an encoder that is not fused."""
+        if precision == "bf16" and runtime == "torch":
+            return "bf16"
+        half = precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS)
+        return "fp16" if half and self.fused else "fp32"
 
 
 def default_batch(runtime: str) -> int:
@@ -64,14 +85,6 @@ def default_batch(runtime: str) -> int:
     256."""
     gpu = None if runtime in ONNX_RUNTIMES else machine.this_gpu()
     return 32 if gpu is None else min(max(1 << ((gpu.memory >> 27).bit_length() - 1), 32), 256)
-
-
-def default_precisions(runtime: str, fused: bool) -> tuple[str, ...]:
-    """What an engine is built in where no precision is named: the first whose embeddings are right. On a CPU, and of an
-    encoder that is not `fused`, fp32."""
-    if not fused or choose_builder(runtime, "fp32") in ONNX_RUNTIMES or machine.this_gpu() is None:
-        return ("fp32",)
-    return tuple(name for name in ("fp16", "bf16", "fp32") if runtime in ("auto", *RUNTIMES_OF[name]))
 
 
 def first_right(precisions: Sequence[str], build: Callable[[str], _Built]) -> _Built:
@@ -82,27 +95,6 @@ def first_right(precisions: Sequence[str], build: Callable[[str], _Built]) -> _B
         except ArithmeticError as error:
             log.warning("the engine is not in %s: %s", name, error)
     return build(precisions[-1])
-
-
-def graph_precision(precision: str, runtime: str, fused: bool = True) -> GraphPrecision:
-    """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for
-    TensorRT, fp32 on a CPU and for an encoder that is not `fused`."""
-    if precision == "bf16" and runtime == "torch":
-        return "bf16"
-    half = precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS)
-    return "fp16" if half and fused else "fp32"
-
-
-def quantisation(image_size: int, runtime: str, precision: str, pictures: np.ndarray | None) -> dict[str, Any] | None:
-    """What a quantised engine's embeddings depend on besides its weights, as JSON values; None for other precisions.
-
-    Raises ValueError for calibration pictures that are missing, too few, or of another shape or dtype.
-    """
-    if precision not in QUANTISED:
-        return None
-    digest = hashlib.sha256(check_calibration(pictures, image_size, precision).tobytes()).hexdigest()
-    form = "fp8" if precision == "fp8" else "s8s8" if runtime in EXTRAS else "u8s8"
-    return {"form": form, "calibration_sha256": digest, "version": QUANTISER_VERSION}
 
 
 def engine_fingerprint(

@@ -7,26 +7,30 @@ import logging
 import os
 import shutil
 import threading
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.backbones.image_models import ONNX, PHOTOGRAPHS, is_image_model
-from iosr_fast.backbones.load import LoadedModel, load_model
-from iosr_fast.backbones.models import (
-    DEMO_FOLDER,
-    DEMO_NAME,
-    LOCAL,
-    check_adaptable,
-    check_model,
-    is_fused,
-    model_config,
-)
+from iosr_fast.backbones.image_models import ONNX, PHOTOGRAPHS
+from iosr_fast.backbones.load import LoadedModel, load_model, shapes_of
+from iosr_fast.backbones.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_model
 from iosr_fast.backbones.prompts import check_texts
+from iosr_fast.encoders.engine_folder import ENGINE_KIND, ONNX_RUNTIMES, check_engine, choose_runtime, runtimes_of
 from iosr_fast.encoders.opened_model import OpenedModel
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.from_onnx import OnnxModel, read_onnx, weight_files
+from iosr_fast.export.build import LAYOUT, write_engine
+from iosr_fast.export.from_onnx import read_onnx, weight_files
+from iosr_fast.export.precision import Exportable, engine_fingerprint, first_right
+from iosr_fast.export.quantize.calibration import (
+    QUANTISED,
+    calibration_pictures,
+    module_has_products,
+    quantisation,
+)
+from iosr_fast.export.source import Source, source_of
 from iosr_fast.sealed.files import cache_folder, in_cache
 from iosr_fast.sealed.manifest import MANIFEST, SCHEMA
 from iosr_fast.sealed.verified_folder import open_verified
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from iosr_fast.backbones.adapter import Adapter
     from iosr_fast.encoders.encoder import Encoder
 
+LOGIT_SCALE = 100.0  # of a model without texts, where nothing uses it
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
 log = logging.getLogger(__name__)
 
@@ -45,48 +50,74 @@ _in_use: WeakValueDictionary[tuple[Any, ...], OpenedModel] = WeakValueDictionary
 _latest: OpenedModel | None = None
 
 
-def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
-    """The adapter in a file; for "auto" the shipped one if `model` is the demo, and otherwise None.
+@dataclass(frozen=True)
+class Sketch:
+    """A model that is named and not loaded: what its engines can be, its adapter and, of a CLIP, its configuration."""
 
-    Raises FileNotFoundError or ValueError for a file that is no adapter or whose shape does not fit `model`, and for a
-    model that can't have one.
-    `choose_adapter` also compares the CLIP's weights.
+    of: Exportable
+    load: Callable[[], Source]
+    adapter: Adapter | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def sketch(
+    model: str, pretrained: str | Path | None, adapter: str | Path | None, random_from: int | None = None
+) -> Sketch:
+    """What names and files say of a model before its weights are loaded or downloaded; `adapter` as of choose_adapter,
+    or `random_from`, the first block of one with random weights, to measure speed.
+
+    Raises what check_model raises; for an adapter of another shape, or of a model that can't have one, ValueError.
     """
+    if not model.endswith(ONNX):
+        require_installed("torch", "cpu")
+    config = check_model(model, pretrained)
+    if model.endswith(ONNX):
+        if adapter not in ("auto", None) or random_from is not None:
+            raise IosrFastError(f"expected a CLIP for an adapter, got {model}, which gives the plain embedding only")
+        read = read_onnx(model)
+        return Sketch(read, lambda: read)
+    from iosr_fast.backbones.adapter import random_adapter
+    from iosr_fast.backbones.fuse import check_adaptable, unfusible_reason
+
+    visual = shapes_of(model, config)
+    if random_from is not None:
+        check_adaptable(visual, model)
+    chosen = None if random_from is not None else _read_adapter(visual, model, adapter)
+
+    def load() -> Source:
+        clip = load_model(model, pretrained)
+        return source_of(clip, chosen if random_from is None else random_adapter(clip, random_from))
+
+    fused = unfusible_reason(visual, model) is None
+    return Sketch(Exportable(model, fused, module_has_products(visual)), load, chosen, config or None)
+
+
+def _read_adapter(visual: Any, model: str, adapter: str | Path | None) -> Adapter | None:
+    """`choose_adapter` for an image encoder that may be of shapes alone, but for the weights of its CLIP."""
     if adapter == "auto":
         adapter = DEMO_ADAPTER if model in ("demo", DEMO_NAME) else None
     if adapter is None:
         return None
-    check_adaptable(model)
-    from iosr_fast.backbones.adapter import load_adapter
+    from iosr_fast.backbones.adapter import check_fits, load_adapter
+    from iosr_fast.backbones.fuse import check_adaptable
 
+    check_adaptable(visual, model)
     loaded = load_adapter(adapter)
-    vision = model_config(model)["vision_cfg"]
-    if "layers" in vision:  # timm's models are known by their weights only (check_belongs)
-        expected, got = (loaded.config.width, loaded.config.blocks), (vision.get("width"), vision.get("layers"))
-        if expected != got:
-            raise IosrFastError(
-                f"the adapter {adapter} was trained for another CLIP: expected {loaded.config.clip_name} with "
-                f"{expected[1]} blocks of width {expected[0]}, got {model} with {got[1]} of width {got[0]}"
-            )
+    check_fits(loaded, visual, model)
     return loaded
 
 
 def choose_adapter(clip: LoadedModel, adapter: str | Path | None) -> Adapter | None:
-    """`read_adapter` for a loaded CLIP. Raises ValueError for an adapter that was trained with other weights."""
-    from iosr_fast.backbones.adapter import check_belongs
+    """The adapter in a file for a loaded CLIP; for "auto" the shipped one if it is the demo, and otherwise None.
 
-    loaded = read_adapter(clip.name, adapter)
+    Raises FileNotFoundError or ValueError for a file that is no adapter, or one of another CLIP, and for a model that
+    can't have one.
+    """
+    loaded = _read_adapter(clip.model.visual, clip.name, adapter)
     if loaded is not None:
+        from iosr_fast.backbones.adapter import check_belongs
+
         check_belongs(loaded, clip)
-    return loaded
-
-
-def load(model: str, pretrained: str | Path | None, precision: str) -> LoadedModel | OnnxModel:
-    """`load_model`, or the encoder in an ONNX file, which needs no torch; for an engine in this `precision`."""
-    from iosr_fast.export.build import check_products
-
-    loaded = read_onnx(model) if model.endswith(ONNX) else load_model(model, pretrained)
-    check_products(loaded, precision)
     return loaded
 
 
@@ -105,74 +136,65 @@ def open_pretrained(
 
     Names, files and the architecture are checked before the model is loaded or downloaded. `shown`: a progress bar.
     """
-    from iosr_fast.encoders.engine_folder import ENGINE_KIND, check_engine, choose_runtime, runtimes_of
-    from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.export.precision import choose_builder, default_precisions, first_right
-
-    if not model.endswith(ONNX):
-        require_installed("torch", "cpu")
-    check_model(model, pretrained, precision or "fp32")
-    chosen = read_adapter(model, adapter)
-    adapted_by = None if chosen is None else chosen.fingerprint()
-    fused = is_fused(model)
-    source = None if engine is None else open_verified(engine, ENGINE_KIND)
-    if source is None:
-        precisions = default_precisions(runtime, fused) if precision is None else (precision,)
-        choose_builder(runtime, precisions[0], fused)
+    named = sketch(model, pretrained, adapter)
+    if engine is None:
+        open_for = _building(named.of, runtime, precision, shown)
     else:
-        check_engine(source)
-        if adapter not in ("auto", None):
-            _check_source(source.manifest, adapter=adapted_by)
-        runtime = choose_runtime(runtime, runtimes_of(source.manifest))
-    if texts is not None and model not in ("demo", DEMO_NAME) and not is_image_model(model):
-        check_texts(model, *texts)
+        open_for = _opening_saved(engine, runtime, None if adapter in ("auto", None) else named.adapter)
+    if texts is not None and named.config and model not in ("demo", DEMO_NAME):
+        check_texts(model, named.config, *texts)
     with progress(f"load {model}", None, shown=shown):
-        clip = load(model, pretrained, precision or "fp32")
-    if source is not None:
-        _check_source(source.manifest, CLIP=clip.fingerprint)
-        source.check()
-        encoder = open_engine(source, runtime)
-    else:
-        if chosen is not None and isinstance(clip, LoadedModel):
-            from iosr_fast.backbones.adapter import check_belongs
-
-            check_belongs(chosen, clip)
-        encoder = first_right(
-            precisions, lambda name: _engine(clip, chosen, choose_builder(runtime, name, fused), name, shown)
-        )
+        source = named.load()
+    encoder = open_for(source)
     assert encoder.source is not None
-    folder = encoder.source.folder
-    if isinstance(clip, OnnxModel):
-        return OpenedModel(encoder, folder, None, clip.logit_scale, reads_text=False)
+    engine, manifest = encoder.source.folder, encoder.source.manifest
+    if source.loaded is None:
+        return OpenedModel(encoder, engine, None, LOGIT_SCALE, reads_text=False)
     from iosr_fast.export.text import ClipText
 
-    same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
+    clip, chosen = source.loaded
+    same = manifest["adapter_fingerprint"] == (None if chosen is None else chosen.fingerprint())
     text = None if clip.tokenizer is None else ClipText(clip)
-    return OpenedModel(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None, text is not None)
+    return OpenedModel(encoder, engine, text, clip.logit_scale, source.loaded if same else None, text is not None)
+
+
+def _building(of: Exportable, runtime: str, precision: str | None, shown: bool) -> Callable[[Source], Encoder]:
+    """What opens a source's engine in the cache, after all that can be refused without weights was refused."""
+    precisions = of.default_precisions(runtime) if precision is None else (precision,)
+    of.check(runtime, precisions[0])
+    return lambda source: first_right(precisions, lambda name: _engine(source, runtime, name, shown))
+
+
+def _opening_saved(engine: str | Path, runtime: str, adapter: Adapter | None) -> Callable[[Source], Encoder]:
+    """The same for an engine that was built from the source, and from the `adapter` if one is named."""
+    saved = open_verified(engine, ENGINE_KIND)
+    check_engine(saved)
+    if adapter is not None:
+        _check_source(saved.manifest, adapter=adapter.fingerprint())
+    runtime = choose_runtime(runtime, runtimes_of(saved.manifest))
+
+    def open_it(source: Source) -> Encoder:
+        _check_source(saved.manifest, CLIP=source.fingerprint)
+        saved.check()
+        return open_engine(saved, runtime)
+
+    return open_it
 
 
 def in_fp32(opened: OpenedModel, shown: bool = False) -> OpenedModel:
     """A model that was opened from its weights, on an engine in fp32 for the same runtime."""
     assert opened.loaded is not None
-    encoder = _engine(*opened.loaded, opened.encoder.runtime, "fp32", shown)
+    encoder = _engine(source_of(*opened.loaded), opened.encoder.runtime, "fp32", shown)
     assert encoder.source is not None
     return replace(opened, encoder=encoder, engine=encoder.source.folder)
 
 
-def _engine(
-    clip: LoadedModel | OnnxModel, adapter: Adapter | None, runtime: str, precision: str, shown: bool
-) -> Encoder:
+def _engine(source: Source, runtime: str, precision: str, shown: bool) -> Encoder:
     """The encoder of an engine in the user's cache, which is built where it is missing."""
-    from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
-    from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.export.build import LAYOUT, write_engine
-    from iosr_fast.export.check import calibration_pictures
-    from iosr_fast.export.precision import QUANTISED, engine_fingerprint, quantisation
-
-    pictures = calibration_pictures(clip) if precision in QUANTISED else None
-    quantised = quantisation(clip.image_size, runtime, precision, pictures)
-    adapted_by = None if adapter is None else adapter.fingerprint()
-    fingerprint = engine_fingerprint(clip.fingerprint, adapted_by, precision, quantised)
+    runtime = source.check(runtime, precision)
+    pictures = calibration_pictures(source.name, source.geometry) if precision in QUANTISED else None
+    quantised, facts = quantisation(source.geometry.size, runtime, precision, pictures), source.facts()
+    fingerprint = engine_fingerprint(source.fingerprint, facts["adapter_fingerprint"], precision, quantised)
     # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
     form = "onnx" if runtime in ONNX_RUNTIMES else runtime
     folder = in_cache("engines", f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}")
@@ -180,7 +202,7 @@ def _engine(
     if cached is not None:
         return cached
     with progress("build the engine", None, shown=shown):
-        write_engine(clip, adapter, folder, runtime, precision, pictures=pictures)
+        write_engine(source, folder, runtime, precision, pictures=pictures)
     return open_engine(folder, runtime, verify=False)
 
 
@@ -192,10 +214,10 @@ def with_loaded(opened: OpenedModel, pretrained: str | Path, adapter: str | Path
     """
     assert opened.encoder.source is not None
     manifest = opened.encoder.source.manifest
-    clip = load_model(manifest["model"], None if str(pretrained) == manifest["model"] else pretrained)
-    chosen = choose_adapter(clip, adapter)
-    _check_source(manifest, CLIP=clip.fingerprint, adapter=None if chosen is None else chosen.fingerprint())
-    return replace(opened, loaded=(clip, chosen))
+    model = manifest["model"]
+    source = sketch(model, None if str(pretrained) == model else pretrained, adapter).load()
+    _check_source(manifest, CLIP=source.fingerprint, adapter=source.facts()["adapter_fingerprint"])
+    return replace(opened, loaded=source.loaded)
 
 
 def _check_source(manifest: dict[str, Any], **fingerprints: str | None) -> None:
@@ -276,8 +298,6 @@ def _recommend_a_clip() -> None:
 
 def _open_cached(engine: Path, runtime: str) -> Encoder | None:
     """The encoder of an engine in the cache; None without one. A damaged one is removed with a warning."""
-    from iosr_fast.encoders.runtimes import open_engine
-
     if not engine.exists():
         return None
     try:

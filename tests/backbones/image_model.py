@@ -10,6 +10,7 @@ from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.encoders.opened_model import OpenedModel
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import source_of
 from iosr_fast.images.geometry import Geometry
 
 IMAGE_SIZE, IMAGE_WIDTH = 32, 48
@@ -36,6 +37,6 @@ def image_model(seed: int = 1) -> LoadedModel:
 def open_image_model(folder: Path, seed: int = 1) -> OpenedModel:
     """It as a Classifier opens it (Classifier._with_clip), in ONNX Runtime; writes its engine to `folder`."""
     model = image_model(seed)
-    write_engine(model, None, folder, "onnxruntime", max_batch=8)
+    write_engine(source_of(model), folder, "onnxruntime", max_batch=8)
     encoder = open_engine(folder, "onnxruntime")
     return OpenedModel(encoder, folder, None, model.logit_scale, (model, None), reads_text=False)

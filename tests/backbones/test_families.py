@@ -26,6 +26,7 @@ from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx import write_plain_graph
 from iosr_fast.export.quantize import encoder as quantize
 from iosr_fast.export.quantize.encoder import quantize_onnx
+from iosr_fast.export.source import source_of
 from tests.backbones.families import FAMILIES, family_clip
 from tests.backbones.small_clip import random_adapter, random_pixels, run, small_clip
 from tests.demo_cache import export_once
@@ -154,7 +155,7 @@ def test_other_refusals() -> None:
         with pytest.raises(ValueError, match=f"a multiple of 8, .* up to 32, got {size}"):
             resize_clip(small_clip(), size)
     with pytest.raises(ValueError, match="trained for another CLIP"):
-        build_dual_encoder(small_clip(), random_adapter(small_clip(fingerprint="other"), 1))
+        source_of(small_clip(), random_adapter(small_clip(fingerprint="other"), 1))
     with pytest.raises(ValueError, match=r"expected a precision of .*, got 'int8'"):
         build_dual_encoder(small_clip(), precision="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the fields"):

@@ -25,9 +25,9 @@ from iosr_fast.backbones.load import load_clip, load_model
 from iosr_fast.backbones.models import check_model
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
-from iosr_fast.export import build
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.pretrained import with_loaded
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from tests import ROOT
@@ -58,11 +58,11 @@ def test_an_engine_gives_timms_features(name: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **sizes))
     monkeypatch.setattr(image_models, "image_model", image_model.__wrapped__)  # not cached
     monkeypatch.setattr(load, "image_model", image_model.__wrapped__)
-    monkeypatch.setattr(build, "export_onnx", export_once)
+    monkeypatch.setattr("iosr_fast.export.source.export_onnx", export_once)
     clip = load_model(f"timm/{name}", "none")
     if name.startswith("vit_"):
         randomise(clip.model.visual)
-    manifest = write_engine(clip, None, tmp_path / "engine", "onnxruntime")
+    manifest = write_engine(source_of(clip), tmp_path / "engine", "onnxruntime")
     assert manifest["logit_scale"] is manifest["dual_encoder"] is None
     pixels = random_pixels(9, clip.image_size) // np.arange(1, 10, dtype=np.uint8)[:, None, None, None]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
@@ -75,7 +75,9 @@ def test_an_engine_gives_timms_features(name: str, tmp_path: Path, monkeypatch: 
         for batch in (1, 5):
             np.testing.assert_allclose(encoder.encode(pixels[:batch]).plain, expected[:batch], atol=1e-4)
     if name.startswith("vit_small"):
-        assert convert_engine(tmp_path / "engine", tmp_path / "int8", "openvino", "int8", pixels)["quantised"]
+        assert write_engine(EngineSource(tmp_path / "engine"), tmp_path / "int8", "openvino", "int8", pictures=pixels)[
+            "quantised"
+        ]
         assert (open_engine(tmp_path / "int8", "openvino").encode(pixels).plain * expected).sum(1).min() >= 0.99
 
 
@@ -176,7 +178,7 @@ def test_weights_of_a_file_are_those_of_the_encoder(tmp_path: Path) -> None:
         ("timm/coatnet_0_224", {}, "timm has no weights of timm/coatnet_0_224"),
         ("timm/vit_base_patch16_sapiens2", {}, "expected a model of square pictures, got one of 1024x768"),
         ("timm/gemma4_vit_167m_enc", {}, "gives one embedding a picture"),
-        ("timm/test_vit", {"adapter": "file.safetensors"}, "expected a CLIP for an adapter"),
+        ("timm/test_vit", {"adapter": "file.safetensors"}, "expected a CLIP, whose image encoder can be fused"),
         ("timm/test_vit", {"precision": "fp16"}, "expected fp32, bf16 or int8"),
         ("photographs", {"precision": "int8"}, "its encoder has convolutions alone"),
         ("photographs", {"pretrained": "none"}, "expected no pretrained, got 'none'"),
@@ -193,7 +195,7 @@ def test_what_reads_texts_or_has_an_adapter_is_refused_on_an_image_encoder(tmp_p
     with pytest.raises(IosrFastError, match="expected a CLIP, which reads texts, got photographs"):
         load_clip("photographs")
     with pytest.raises(IosrFastError, match="expected a CLIP, whose image encoder can be fused"):
-        write_engine(load_model("timm/test_vit", "none"), None, tmp_path / "engine", image_size=32)
+        write_engine(source_of(load_model("timm/test_vit", "none"), None, 32), tmp_path / "engine")
 
 
 def test_another_file_than_the_published_one_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

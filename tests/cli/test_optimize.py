@@ -13,6 +13,7 @@ from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.backbones.load import load_clip
 from iosr_fast.delivery import engine_judge
 from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import source_of
 from tests.cli.runs import refused, run
 from tests.interpreter import printed
 
@@ -86,7 +87,7 @@ def test_an_engine_of_optimize_lives_as_long_as_its_classifier(tmp_path: Path) -
 
 
 def test_an_engine_of_small_batches_is_timed_with_its_own(tmp_path: Path) -> None:
-    write_engine(load_clip("demo"), None, tmp_path / "engine", "onnxruntime", max_batch=3)
+    write_engine(source_of(load_clip("demo")), tmp_path / "engine", "onnxruntime", max_batch=3)
     pictures = load_pictures("held-out", min_styles=5)
     images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
     classifier = Classifier("demo", engine=tmp_path / "engine", method="tip-adapter", alpha=3.0, beta=7.0)

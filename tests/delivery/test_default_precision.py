@@ -21,7 +21,8 @@ from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import build, candidates, check
 from iosr_fast.export.candidates import Candidate, list_candidates
-from iosr_fast.export.precision import default_batch, default_precisions
+from iosr_fast.export.precision import Exportable, default_batch
+from iosr_fast.export.source import source_of
 from iosr_fast.utils import machine
 from tests.backbones.small_clip import small_clip
 from tests.conftest import unit_rows
@@ -55,10 +56,11 @@ def precision(classifier: Classifier) -> str:
 
 
 def test_half_precision_is_for_fused_encoders_on_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_precisions("torch", fused=True)[0] == "fp16" and default_precisions("torch", True)[-1] == "fp32"
-    assert default_precisions("onnxruntime", fused=True) == default_precisions("auto", fused=False) == ("fp32",)
+    fused, plain = (Exportable("a CLIP", fused, products=True) for fused in (True, False))
+    assert fused.default_precisions("torch")[0] == "fp16" and fused.default_precisions("torch")[-1] == "fp32"
+    assert fused.default_precisions("onnxruntime") == plain.default_precisions("auto") == ("fp32",)
     monkeypatch.setattr(machine, "this_gpu", lambda: None)
-    assert default_precisions("torch", fused=True) == ("fp32",)
+    assert fused.default_precisions("torch") == ("fp32",)
 
 
 @pytest.mark.parametrize(("memory", "batch"), [(2, 32), (8, 64), (24, 128), (80, 256)])
@@ -72,7 +74,7 @@ def test_an_encoder_that_is_not_fused_says_that_it_leaves_the_gpu(
 ) -> None:
     monkeypatch.setattr(build, "this_gpu", lambda: H100)
     clip = small_clip(layers=(1, 1, 1, 1), head_width=64, pool_type="tok")
-    build.write_engine(clip, None, tmp_path / "engine", "onnxruntime")
+    build.write_engine(source_of(clip), tmp_path / "engine", "onnxruntime")
     assert "onnxruntime runs on the CPU: small needs TensorRT for the GPU here" in caplog.text
 
 

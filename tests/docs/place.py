@@ -18,7 +18,7 @@ from PIL import Image
 from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.backbones.load import DEMO_FOLDER, DEMO_NAME
 from iosr_fast.delivery import engine_judge
-from iosr_fast.export import build, pretrained
+from iosr_fast.export import pretrained
 from tests import ROOT
 from tests.demo_cache import demo_cache, export_once
 from tests.docs import triton_python_backend_utils
@@ -115,7 +115,7 @@ def users_place(folder: Path) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         use_demo_weights(patch, open_clip)
-        patch.setattr(build, "export_onnx", export_once)
+        patch.setattr("iosr_fast.export.source.export_onnx", export_once)
         patch.setattr(engine_judge, "_TIMING_S", 0.1)
         patch.setitem(sys.modules, "triton_python_backend_utils", triton_python_backend_utils)
         patch.setenv("PATH", str(commands), prepend=os.pathsep)

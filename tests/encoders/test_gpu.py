@@ -29,6 +29,7 @@ from iosr_fast.encoders.runtimes.graph import graph_of_plan  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder, build_plan, optimization_profiles  # noqa: E402
 from iosr_fast.encoders.runtimes.torch import TorchEncoder  # noqa: E402
 from iosr_fast.export.build import write_engine  # noqa: E402
+from iosr_fast.export.source import source_of  # noqa: E402
 from iosr_fast.sealed.manifest import read_manifest  # noqa: E402
 from tests.backbones.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.cli.runs import done  # noqa: E402
@@ -51,7 +52,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip, folder = small_clip(), tmp_path_factory.mktemp("engine") / "engine"
-    write_engine(clip, random_adapter(clip, 1), folder, "torch", max_batch=6)
+    write_engine(source_of(clip, random_adapter(clip, 1)), folder, "torch", max_batch=6)
     return folder
 
 
@@ -330,7 +331,7 @@ def test_graphs_and_eager_runs_on_a_gpu(
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     clip, pixels = small_clip(), random_pixels(9, 32)
     adapter = random_adapter(clip, 1)
-    made = write_engine(clip, adapter, tmp_path / "engine", name, precision, 6)
+    made = write_engine(source_of(clip, adapter), tmp_path / "engine", name, precision, 6)
     assert made["check"][name]["random"]["adapted"]["min_cosine"] > 0.999
     files = sorted((tmp_path / "engine").rglob("*"))
     encoders: list[Any] = [open_engine(tmp_path / "engine", name) for _ in range(2)]  # the second finds RTX's kernels
@@ -358,7 +359,7 @@ def test_a_classifiers_plan_answers_as_the_classifier_on_a_gpu(
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     images, labels = pictures(np.random.default_rng(0), 3, 3)
     Classifier("demo", method="tip-adapter++", runtime=name).fit(images, labels).save(tmp_path / "saved")
-    words = ("build-engine", "--classifier", tmp_path / "saved", "--out", tmp_path / "plan", "--runtime", name)
+    words = ("build-plan", tmp_path / "saved", "--out", tmp_path / "plan", "--runtime", name)
     assert "so does the plan, on the GPU here" in done(*words)
     parts, _ = benchmark.open_parts(tmp_path / "saved", benchmark.read_files(None, 9)[0], name, None)
     assert "one plan" in parts, "it is verified"

@@ -23,8 +23,9 @@ from iosr_fast.backbones.two_pass import two_passes
 from iosr_fast.encoders.engine_folder import ONNX_RUNTIMES
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export import build, pretrained
+from iosr_fast.export import pretrained
 from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import source_of
 from iosr_fast.utils import machine
 from tests import ROOT
 from tests.backbones.small_clip import random_pixels, small_clip
@@ -44,10 +45,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, clip = tmp_path_factory.mktemp("engines"), small_clip()
     adapter = random_adapter(clip, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "export_onnx", export_once)
+        patch.setattr("iosr_fast.export.source.export_onnx", export_once)
         for name in INSTALLED:
             precision = "bf16" if name == "openvino" else "fp32"
-            write_engine(clip, adapter, folder / name, name, precision, MAX_BATCH)
+            write_engine(source_of(clip, adapter), folder / name, name, precision, MAX_BATCH)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -165,7 +166,7 @@ def test_the_plain_form_has_the_weights_and_the_cost_of_an_engine_without_an_ada
 ) -> None:
     clip, pixels, graphs = small_clip(quick_gelu=first != 1), random_pixels(16, 32), {}
     for name, adapter in (("both", random_adapter(clip, first)), ("without", None)):
-        write_engine(clip, adapter, tmp_path / name, "onnxruntime", precision, 4, pixels)
+        write_engine(source_of(clip, adapter), tmp_path / name, "onnxruntime", precision, 4, pixels)
         for file in (tmp_path / name).glob("*.onnx"):
             graphs[name, file.stem] = onnx.load(file, load_external_data=False).graph
     assert set(graphs) == {("both", "encoder"), ("both", "plain"), ("without", "encoder")}
@@ -197,7 +198,7 @@ def test_tensorrt_rtx_compiles_without_a_gpu_and_again_for_another_version(
     version = pytest.importorskip("tensorrt_rtx").__version__
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     clip, folder = small_clip(), tmp_path / "engine"
-    manifest = write_engine(clip, random_adapter(clip, 1), folder, "tensorrt_rtx", "fp16", MAX_BATCH)
+    manifest = write_engine(source_of(clip, random_adapter(clip, 1)), folder, "tensorrt_rtx", "fp16", MAX_BATCH)
     (name,) = manifest["plans"]
     assert name == f"plans/tensorrt_rtx-any-{version}.plan"
     assert set(manifest["files"]) == {"encoder.onnx", "plain.onnx", "encoder.weights", name}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,14 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import candidates
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.candidates import Candidate, CandidateBuilder, with_smaller_images
 from iosr_fast.export.check import MIN_COSINES, check
 from iosr_fast.export.onnx import export_onnx
-from iosr_fast.export.precision import engine_fingerprint, quantisation
+from iosr_fast.export.precision import engine_fingerprint
 from iosr_fast.export.pretrained import choose_adapter
+from iosr_fast.export.quantize.calibration import quantisation
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.sealed.manifest import read_manifest
@@ -83,7 +84,7 @@ def test_an_engine_is_checked_and_recorded(
     clip, side = small_clip(), image_size or 32
     adapter, folder = random_adapter(clip, 1), tmp_path / "engine"
     manifest = write_engine(
-        clip, adapter, folder, runtime, precision, 4, random_pixels(20, side), image_size=image_size
+        source_of(clip, adapter, image_size), folder, runtime, precision, 4, random_pixels(20, side)
     )
     assert read_manifest(folder, "engine") == manifest and [path.name for path in tmp_path.iterdir()] == ["engine"]
     tokens = None if image_size is None else {"image_size": image_size}
@@ -130,10 +131,12 @@ def test_wrong_numbers_are_not_written(generic: np.ndarray, tmp_path: Path, monk
     monkeypatch.setattr("iosr_fast.backbones.fuse.build_dual_encoder", slightly_wrong)
     for precision in ("fp32", "fp16"):
         with pytest.raises(ArithmeticError, match="plain embeddings of random pictures by torch"):
-            write_engine(small_clip(), None, tmp_path / "engine", "torch", precision)
-    monkeypatch.setattr("iosr_fast.export.build.checked_pictures", lambda *_, noise: {"real": generic[:8]})
+            write_engine(source_of(small_clip()), tmp_path / "engine", "torch", precision)
+    monkeypatch.setattr("iosr_fast.export.build.checked_pictures", lambda *_: {"real": generic[:8]})
     with pytest.raises(ArithmeticError, match=r"in int8 are wrong: expected cosine >= 0\.99"):
-        convert_engine(source, tmp_path / "engine", "onnxruntime", "int8", np.zeros_like(generic[:8]))
+        write_engine(
+            EngineSource(source), tmp_path / "engine", "onnxruntime", "int8", pictures=np.zeros_like(generic[:8])
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +181,8 @@ def test_one_picture_alone_is_checked_like_a_batch() -> None:
 )
 def test_refusals_come_before_any_work(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        write_engine(small_clip(), None, tmp_path / "engine", **given)
+        size = given.pop("image_size", None)
+        write_engine(source_of(small_clip(), image_size=size), tmp_path / "engine", **given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,7 +190,7 @@ def test_refusals_come_before_any_work(given: dict[str, Any], message: str, tmp_
 def test_an_engine_becomes_one_in_another_precision(
     runtime: str, precision: str, generic: np.ndarray, tmp_path: Path
 ) -> None:
-    manifest = convert_engine(demo_engine(), tmp_path / "engine", runtime, precision, generic[:32])
+    manifest = write_engine(EngineSource(demo_engine()), tmp_path / "engine", runtime, precision, pictures=generic[:32])
     assert manifest == read_manifest(tmp_path / "engine", "engine")
     assert list(manifest["check"]) == [runtime, f"{runtime}, plain.onnx"]
     source = read_manifest(demo_engine(), "engine")
@@ -200,7 +204,7 @@ def test_an_engine_becomes_one_in_another_precision(
     new, old = (sum(entry["bytes"] for entry in m["files"].values()) for m in (manifest, source))
     assert new < 0.5 * old if precision == "int8" else new == old
     with pytest.raises(IosrFastError, match=f"an engine in fp32 with encoder.onnx to convert, got one in {precision}"):
-        convert_engine(tmp_path / "engine", tmp_path / "new", "openvino", "fp32")
+        write_engine(EngineSource(tmp_path / "engine"), tmp_path / "new", "openvino", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -214,13 +218,13 @@ def test_refused_conversions(
     runtime: str, precision: str, count: int, message: str, generic: np.ndarray, tmp_path: Path
 ) -> None:
     with pytest.raises(IosrFastError, match=message):
-        convert_engine(demo_engine(), tmp_path / "new", runtime, precision, generic[:count])
+        write_engine(EngineSource(demo_engine()), tmp_path / "new", runtime, precision, pictures=generic[:count])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fp8_is_tried_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "unavailable_reason", lambda runtime: None)
-    source: Any = SimpleNamespace(manifest=read_manifest(demo_engine(), "engine"))
+    source = open_verified(demo_engine(), ENGINE_KIND)
     for capability, reason in (((8, 9), ""), ((8, 6), "NVIDIA A10 has no fp8 instructions"), (None, None)):
         gpu = None if capability is None else Gpu("NVIDIA A10", capability)
         monkeypatch.setattr(candidates, "this_gpu", lambda gpu=gpu: gpu)
@@ -232,12 +236,12 @@ def test_fp8_is_tried_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_engine_for_smaller_pictures_becomes_one_in_int8(tmp_path: Path) -> None:
     """In a size that `iosr-fast optimize --smaller-images` tries, whose test shares the exports."""
     clip, size = load_clip("demo"), 48
-    write = partial(write_engine, clip, choose_adapter(clip, "auto"), image_size=size)
+    write = partial(write_engine, source_of(clip, choose_adapter(clip, "auto"), size))
     manifest = write(tmp_path / "engine", "onnxruntime")
     (one, _) = with_smaller_images(open_verified(demo_engine(), "engine"), [Candidate("onnxruntime", "fp32")])
     assert manifest["tokens"] == {"image_size": size} and one.tokens is not None
     generic = to_pixels(load_pictures("generic").images[:16], Geometry(size), False)
-    converted = convert_engine(tmp_path / "engine", tmp_path / "int8", "openvino", "int8", generic)
+    converted = write_engine(EngineSource(tmp_path / "engine"), tmp_path / "int8", "openvino", "int8", pictures=generic)
     direct = write(tmp_path / "direct", "openvino", "int8", pictures=generic)
     assert converted["fingerprint"] == direct["fingerprint"] != manifest["fingerprint"]
     assert open_engine(tmp_path / "int8").image_size == size
@@ -245,7 +249,7 @@ def test_an_engine_for_smaller_pictures_becomes_one_in_int8(tmp_path: Path) -> N
 
 def test_an_engine_that_merges_tokens_is_refused_and_one_of_version_0_2_opens(tmp_path: Path) -> None:
     clip = small_clip()
-    facts = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "torch", max_batch=4)
+    facts = write_engine(source_of(clip, random_adapter(clip, 1)), tmp_path / "engine", "torch", max_batch=4)
     rewrite_manifest(tmp_path / "engine", dual_encoder=facts["dual_encoder"] | {"merged": 0})
     assert open_engine(tmp_path / "engine", "torch").encode(random_pixels(2, 32)).plain.shape == (2, 24)
     rewrite_manifest(tmp_path / "engine", dual_encoder=facts["dual_encoder"] | {"merged": 3})

@@ -19,9 +19,10 @@ from iosr_fast import Classifier
 from iosr_fast.encoders.encoder import unit
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.candidates import list_candidates
 from iosr_fast.export.from_onnx import read_onnx
+from iosr_fast.export.source import EngineSource
 from iosr_fast.sealed.verified_folder import open_verified
 from tests.backbones.small_clip import random_pixels
 from tests.cli.runs import done, refused
@@ -46,7 +47,7 @@ def test_an_engine_gives_the_files_own_embeddings(
     opset: int, options: dict[str, Any], runtime: str, tmp_path: Path
 ) -> None:
     path = write_encoder(tmp_path / "encoder.onnx", encoder_model(opset=opset), **options)
-    manifest = write_engine(read_onnx(path), None, tmp_path / "engine", runtime, max_batch=4)
+    manifest = write_engine(read_onnx(path), tmp_path / "engine", runtime, max_batch=4)
     assert (manifest["model"], manifest["width"], manifest["opset"]) == ("encoder.onnx", WIDTH, max(opset, 20))
     assert manifest["logit_scale"] is manifest["dual_encoder"] is None
     pixels = random_pixels(7, SIZE)
@@ -55,6 +56,30 @@ def test_an_engine_gives_the_files_own_embeddings(
     encoder = open_engine(tmp_path / "engine", runtime)
     for count in (1, 7):
         np.testing.assert_allclose(encoder.encode(pixels[:count]).plain, expected[:count], atol=1e-6)
+
+
+def test_int8_keeps_products_whose_activation_is_not_their_plain_first_factor(tmp_path: Path) -> None:
+    """A Gemm of x' (transA) and W @ x are products with constants too: they stay in float, by name, and are right."""
+    model = encoder_model((*LAYERS[:4], "MatMul", "MatMul", "Relu", "MatMul"))
+    nodes = list(model.graph.node)
+    gemm, left = nodes[4], nodes[5]
+    (x, weight), (y, matrix) = gemm.input, left.input
+    turned = [
+        helper.make_node("Transpose", [x], ["turned"]),
+        helper.make_node("Gemm", ["turned", weight], [gemm.output[0]], "gemm", transA=1),
+        helper.make_node("Transpose", [y], ["columns"]),
+        helper.make_node("MatMul", [matrix, "columns"], ["product"], "left"),
+        helper.make_node("Transpose", ["product"], [left.output[0]]),
+    ]
+    del model.graph.node[:]
+    tail = helper.make_node("MatMul", [nodes[6].output[0], matrix], ["more"])
+    nodes[7].input[0] = "more"
+    model.graph.node.extend([*nodes[:4], *turned, nodes[6], tail, nodes[7]])
+    source, pictures = read_onnx(write_encoder(tmp_path / "encoder.onnx", model)), random_pixels(32, SIZE)
+    manifest = write_engine(source, tmp_path / "engine", "onnxruntime", "int8", pictures=pictures)
+    kept = manifest["quantised"]["kept"]
+    reasons = {name.rpartition("_")[2]: reason for name, reason in kept.items() if "first factor" in reason}
+    assert reasons.keys() == {"gemm", "left"} and "attention" not in kept and manifest["quantised"]["products"] > 0
 
 
 def test_the_fingerprint_is_of_graph_weights_and_facts(tmp_path: Path) -> None:
@@ -167,7 +192,7 @@ def test_what_a_graph_does_not_declare_is_found_by_a_run(tmp_path: Path) -> None
         (encoder_model(("Conv", "MatMul")), "ONNX Runtime can't run it on 3 pictures"),
     ):
         with pytest.raises(IosrFastError, match=told):
-            write_engine(read_onnx(write_encoder(path, model)), None, out, "onnxruntime")
+            write_engine(read_onnx(write_encoder(path, model)), out, "onnxruntime")
     path.write_bytes(b"no graph")
     with pytest.raises(IosrFastError, match=r"expected an ONNX model in .*encoder\.onnx"):
         read_onnx(path)
@@ -199,7 +224,7 @@ def ending(kind: str, *inputs: Any, **options: Any) -> Any:
 def test_a_row_is_of_its_picture_alone(model: Any, told: str, tmp_path: Path) -> None:
     source = read_onnx(write_encoder(tmp_path / "encoder.onnx", model))
     with pytest.raises(IosrFastError, match=told):
-        write_engine(source, None, tmp_path / "engine", "onnxruntime")
+        write_engine(source, tmp_path / "engine", "onnxruntime")
     assert not (tmp_path / "engine").exists()
 
 
@@ -231,7 +256,7 @@ def test_one_of_several_outputs_is_an_engine_of_what_it_needs(tmp_path: Path) ->
     model = encoder_model()
     two_outputs(model)
     path = write_encoder(tmp_path / "encoder.onnx", model, {**FACTS, "output": "Flatten3"})
-    write_engine(read_onnx(path), None, tmp_path / "engine", "onnxruntime")
+    write_engine(read_onnx(path), tmp_path / "engine", "onnxruntime")
     graph = onnx.load(tmp_path / "engine" / "encoder.onnx").graph
     assert [value.name for value in graph.output] == ["plain"] and "MatMul" not in {node.op_type for node in graph.node}
 
@@ -242,21 +267,21 @@ def test_8_bits_are_for_encoders_with_products(tmp_path: Path) -> None:
     for name, layers in (("products", LAYERS), ("convolutions", CONVOLUTIONS), ("one product", LAYERS[:5])):
         model = models[name] = read_onnx(write_encoder(tmp_path / f"{name}.onnx", encoder_model(layers)))
         folder = tmp_path / name
-        write_engine(model, None, folder, "onnxruntime")
+        write_engine(model, folder, "onnxruntime")
         listed = list_candidates(open_verified(folder, "engine"), 16, "onnxruntime")
         (reasons[name],) = [one.left_out for one in listed if one.precision == "int8"]
         if reasons[name]:
             told = "expected fp32 or bf16 for .*onnx, got int8: 8 bits are for products with constant matrices"
             with pytest.raises(IosrFastError, match=told):
-                write_engine(model, None, tmp_path / "int8", "onnxruntime", "int8")
+                write_engine(model, tmp_path / "int8", "onnxruntime", "int8")
             with pytest.raises(IosrFastError, match=told):
-                convert_engine(folder, tmp_path / "int8", "onnxruntime", "int8")
+                write_engine(EngineSource(folder), tmp_path / "int8", "onnxruntime", "int8")
     assert "convolutions alone" in reasons["convolutions"] and reasons["one product"] == reasons["convolutions"]
     assert reasons["products"] == ""
     given = tmp_path / "int8", "openvino", "int8"
-    manifest = write_engine(models["products"], None, *given, pictures=random_pixels(16, SIZE))
+    manifest = write_engine(models["products"], *given, pictures=random_pixels(16, SIZE))
     assert manifest["quantised"]["products"] == 2
-    converted = convert_engine(tmp_path / "products", *given, random_pixels(16, SIZE))
+    converted = write_engine(EngineSource(tmp_path / "products"), *given, pictures=random_pixels(16, SIZE))
     assert converted["fingerprint"] == manifest["fingerprint"]
 
 

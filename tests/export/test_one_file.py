@@ -21,13 +21,14 @@ from iosr_fast.backbones.adapter import load_adapter
 from iosr_fast.backbones.load import load_clip
 from iosr_fast.delivery import one_file
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.one_file import graph
 from iosr_fast.export.one_file.graph import Answers, add_answers
 from iosr_fast.export.one_file.logits import odds_of_largest
 from iosr_fast.export.one_file.pixels import resized_pixels
 from iosr_fast.export.one_file.value import Value
 from iosr_fast.export.pretrained import DEMO_ADAPTER
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.geometry import INTERPOLATIONS, RESIZE_MODES, Geometry
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import to_pixels
@@ -255,10 +256,18 @@ def test_fewer_bits_answer_alike_on_the_same_kernels_and_say_so(
 ) -> None:
     images, labels = held_out_queries(12, 3)
     if precision == "int8":
-        convert_engine(open_verified(demo_engine(), "engine"), tmp_path / "engine", "onnxruntime", "int8", images)
+        write_engine(
+            EngineSource(open_verified(demo_engine(), "engine")),
+            tmp_path / "engine",
+            "onnxruntime",
+            "int8",
+            pictures=images,
+        )
     else:
         pytest.importorskip("tensorrt_rtx")
-        write_engine(load_clip("demo"), load_adapter(DEMO_ADAPTER), tmp_path / "engine", "tensorrt_rtx", "fp16")
+        write_engine(
+            source_of(load_clip("demo"), load_adapter(DEMO_ADAPTER)), tmp_path / "engine", "tensorrt_rtx", "fp16"
+        )
     classifier = Classifier(
         "demo",
         engine=tmp_path / "engine",

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from iosr_fast import Classifier
-from iosr_fast.backbones.image_models import NO_PRODUCTS
 from iosr_fast.backbones.load import load_model
 from iosr_fast.backbones.two_pass import two_passes
 from iosr_fast.delivery import engine_judge
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.exceptions import IosrFastError, UnavailableError
-from iosr_fast.export import build
-from iosr_fast.export.build import convert_engine, write_engine
+from iosr_fast.export.build import write_engine
 from iosr_fast.export.candidates import list_candidates, with_smaller_images
 from iosr_fast.export.onnx import export_onnx
+from iosr_fast.export.quantize.calibration import NO_PRODUCTS
+from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.sealed.verified_folder import open_verified
 from tests.backbones.families import randomise
 from tests.backbones.plain_clips import PLAIN_CLIPS, plain_clip
@@ -40,8 +40,8 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder, clip = tmp_path_factory.mktemp(request.param) / "engine", plain_clip(request.param)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "export_onnx", export_once)
-        manifest = write_engine(clip, None, folder, "onnxruntime")
+        patch.setattr("iosr_fast.export.source.export_onnx", export_once)
+        manifest = write_engine(source_of(clip), folder, "onnxruntime")
     after = clip.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     return request.param, folder, manifest
@@ -70,7 +70,7 @@ def test_an_engine_is_open_clips_own_encode_image(built: tuple[str, Path, Any], 
     listed = list_candidates(source, pictures=16, with_clip=True)
     assert {one.precision for one in listed} <= {"fp32", "bf16", "int8"} and "torch" not in {c.runtime for c in listed}
     assert with_smaller_images(source, listed) == []
-    manifest = convert_engine(source, tmp_path / "int8", "onnxruntime", "int8", pixels)
+    manifest = write_engine(EngineSource(source), tmp_path / "int8", "onnxruntime", "int8", pictures=pixels)
     assert manifest["quantised"]["products"] + len(manifest["quantised"]["kept"]) >= 3
     assert (open_engine(tmp_path / "int8", "onnxruntime").encode(pixels).plain * expected).sum(1).min() >= 0.99
 
@@ -98,13 +98,13 @@ def test_encoders_of_timm_in_every_precision_and_as_a_plan(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None  # without it, the others are tested all the same
-    monkeypatch.setattr(build, "export_onnx", export_once)
+    monkeypatch.setattr("iosr_fast.export.source.export_onnx", export_once)
     clip = load_model(f"timm/{name}", "none")
     pixels = random_pixels(24, clip.image_size) // (1 + np.arange(24, dtype=np.uint8) % 5)[:, None, None, None]
     if name != "test_efficientnet":  # its statistics are of its own weights
         randomise(clip.model.visual)
     runtimes = ["onnxruntime", "tensorrt_rtx"][: 1 + has_rtx]
-    manifest = write_engine(clip, None, tmp_path / "engine", runtimes[-1], max_batch=3)
+    manifest = write_engine(source_of(clip), tmp_path / "engine", runtimes[-1], max_batch=3)
     assert list(manifest["check"]) == runtimes and len(manifest["plans"]) == has_rtx
     (expected,) = two_passes(clip, None, pixels[16:])
     assert expected.std(0).max() > 1e-3  # pictures differ
@@ -123,11 +123,13 @@ def test_encoders_of_timm_in_every_precision_and_as_a_plan(
     }
     for precision in ("bf16", "int8"):
         if left_out[precision] == NO_PRODUCTS:
-            monkeypatch.setattr(build, "export_onnx", never)
+            monkeypatch.setattr("iosr_fast.export.source.export_onnx", never)
             with pytest.raises(IosrFastError, match=f"expected fp32 or bf16 for timm/{name}, got int8"):
-                write_engine(clip, None, tmp_path / "int8", "openvino", "int8", pictures=pixels[:16])
+                write_engine(source_of(clip), tmp_path / "int8", "openvino", "int8", pictures=pixels[:16])
             continue
-        convert_engine(tmp_path / "engine", tmp_path / precision, "openvino", precision, pixels[:16])
+        write_engine(
+            EngineSource(tmp_path / "engine"), tmp_path / precision, "openvino", precision, pictures=pixels[:16]
+        )
         got = open_engine(tmp_path / precision, "openvino").encode(pixels[16:]).plain
         assert (got * expected).sum(1).min() >= (0.99 if precision == "int8" else 0.999)
         assert np.abs(got - expected).max() > 1e-5 or left_out[precision]
@@ -171,7 +173,7 @@ def test_a_folder_with_a_resnet_becomes_a_classifier(tmp_path: Path, monkeypatch
     classifier.save(tmp_path / "saved")
     loaded = Classifier.load(tmp_path / "saved")
     assert list(loaded.predict(images)) == list(classifier.predict(images)) == labels
-    with pytest.raises(ValueError, match=r"has a ResNet image encoder.* every method without"):
+    with pytest.raises(ValueError, match=r"has a ModifiedResNet image encoder.* every method without"):
         Classifier(name, adapter=folder / "open_clip_model.safetensors").fit(images, labels)
 
 

@@ -18,8 +18,8 @@ from iosr_fast.backbones.fuse import build_dual_encoder
 from iosr_fast.encoders.engine_folder import ONNX_FILE as FILE
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.encoders.runtimes.tensorrt import build_plan
-from iosr_fast.export.check import evenly
 from iosr_fast.export.quantize import encoder as quantize
+from iosr_fast.export.quantize.calibration import evenly
 from iosr_fast.export.quantize.encoder import quantize_onnx
 from iosr_fast.export.quantize.graph import EncoderGraph
 from iosr_fast.export.quantize.sensitivity import LEAST_VARIANCE, choose_float

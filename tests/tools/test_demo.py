@@ -109,12 +109,11 @@ def test_the_ten_classes_are_of_groups_that_differ() -> None:
 @pytest.mark.slow
 def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs and ends with ten classes: one epoch on some generic concepts, few held-out concepts."""
-    from iosr_fast.export import build
     from iosr_fast.training.pictures import TensorPictures
     from tests.demo_cache import export_once
     from tools.demo import run as demo
 
-    monkeypatch.setattr(build, "export_onnx", export_once)
+    monkeypatch.setattr("iosr_fast.export.source.export_onnx", export_once)
     generic, (test, validation) = demo.demo_pictures(Geometry(64)), held_out()
     some = TensorPictures(generic.images[::20], generic.labels[::20], generic.class_names)
     few = only(test, np.arange(len(test.names)) % 8 == 0)

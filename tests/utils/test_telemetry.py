@@ -58,8 +58,9 @@ load_clip("demo").tokenizer(["a photo"])
     "onnxscript": """
 import os, pathlib
 from iosr_fast.export.build import write_engine
+from iosr_fast.export.source import source_of
 from tests.backbones.small_clip import small_clip
-write_engine(small_clip(layers=1), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
+write_engine(source_of(small_clip(layers=1)), pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
 """,
     "tensorrt_rtx": """
 from iosr_fast.utils.require import require

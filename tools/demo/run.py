@@ -35,6 +35,7 @@ with one_line_errors():
     from iosr_fast.evaluation.demo import encode, encoded_source
     from iosr_fast.export.build import write_engine
     from iosr_fast.export.pretrained import DEMO_ADAPTER
+    from iosr_fast.export.source import source_of
     from iosr_fast.training.config import TrainConfig
     from iosr_fast.training.overlap import overlap_area, pair_cosines
     from iosr_fast.training.pictures import demo_pictures
@@ -129,8 +130,8 @@ def main(
     console.print(f"  {epochs} epochs in {seconds:.0f} s on {os.cpu_count()} cores; the shipped adapter trained longer")
 
     console.rule("2. fuse it into the encoder: one pass gives both embeddings", align="left")
-    manifest = write_engine(clip, trained, out / "engine", "onnxruntime", "fp32", pictures=test.images[:32])
-    write_engine(clip, load_adapter(DEMO_ADAPTER), out / "engine-shipped", "onnxruntime", "fp32")
+    manifest = write_engine(source_of(clip, trained), out / "engine", "onnxruntime", "fp32", pictures=test.images[:32])
+    write_engine(source_of(clip, load_adapter(DEMO_ADAPTER)), out / "engine-shipped", "onnxruntime", "fp32")
     console.print(f"  built in {manifest['build_seconds']:.1f} s and checked against PyTorch")
 
     console.rule("3. does it separate classes? Pairs of pictures of other concepts, by cosine", align="left")

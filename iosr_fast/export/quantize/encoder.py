@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.backbones.image_models import NO_PRODUCTS
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.check import evenly
 from iosr_fast.export.onnx import save_onnx
+from iosr_fast.export.quantize.calibration import NO_PRODUCTS, evenly
 from iosr_fast.export.quantize.graph import Activation, EncoderGraph, Group
 from iosr_fast.export.quantize.sensitivity import EmbeddingError, choose_float
 from iosr_fast.export.quantize.values import (

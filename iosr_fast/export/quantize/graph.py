@@ -10,20 +10,12 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.export.onnx import session_of
+from iosr_fast.export.quantize.calibration import PRODUCTS, is_product
 from iosr_fast.export.quantize.values import Quantised, QuantisedGroup
 from iosr_fast.utils.require import require
 
-PRODUCTS = ("MatMul", "Gemm")
 SAMPLED_ROWS = 512
 PIXELS = 2**16  # of a run, one picture of 224: all activations are kept while they are measured
-
-
-def graph_has_products(model: Any) -> bool:
-    """Whether the graph of an onnx.ModelProto has products with constant matrices beside its last projection, which
-    stays in float: one of convolutions alone has none."""
-    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    products = (node for node in model.graph.node if node.op_type in PRODUCTS and node.input[1] in matrices)
-    return len({node.input[0] for node in products}) > 1
 
 
 @dataclass
@@ -76,17 +68,18 @@ class EncoderGraph:
         groups: dict[str, Group] = {}
         others: dict[str, str] = {}
         attention = 0
+        matrices = {name for name, tensor in self.constants.items() if len(tensor.dims) == 2}
         for node in self.model.graph.node:
-            if node.op_type not in PRODUCTS:
-                continue
-            if node.input[1] not in self.constants:
-                attention += 1
-            elif len(self.constants[name := node.input[1]].dims) != 2:
-                others[name] = "a matrix for each head, for one token alone"
-            else:
+            if is_product(node, matrices):
                 transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
                 product = Product(node, self._name(node), transposed)
                 groups.setdefault(node.input[0], Group(node.input[0])).products.append(product)
+            elif node.op_type in PRODUCTS and node.input[1] in self.constants.keys() - matrices:
+                others[node.input[1]] = "a matrix for each head, for one token alone"
+            elif node.op_type in PRODUCTS and matrices.intersection(node.input[:2]):
+                others[self._name(node)] = "its activation is not the first factor, or it is transposed"
+            elif node.op_type in PRODUCTS:
+                attention += 1
         for group in groups.values():
             group.norm = self._norm(group)
         if attention:
