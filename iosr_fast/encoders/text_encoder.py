@@ -14,6 +14,7 @@ import numpy as np
 
 from iosr_fast.backbones.prompts import Descriptions, check_templates, class_texts
 from iosr_fast.backbones.tokenizer import Tokenizer
+from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import UnavailableError
 from iosr_fast.sealed.verified_folder import VerifiedFolder
 from iosr_fast.utils.require import require
@@ -108,17 +109,11 @@ class TextEncoder:
             return self._loaded
 
     def _open(self, folder: Path) -> tuple[Tokenizer, Any]:
-        tokenizers, ort = require("tokenizers", "serve"), require("onnxruntime", "serve")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads or 0
-        options.log_severity_level = 3
-        file = TOKENIZER_FILE
+        tokenizers, fix = require("tokenizers", "serve"), "save the classifier again with its CLIP at hand"
         try:
             # Facts of older versions lack "clean": they wrote no other tokenizers.
-            tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / file)), self.facts.get("clean", "lower"))
-            file = FILE
-            return tokenizer, ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the packages' exceptions share no public base class
-            raise UnavailableError(
-                f"can't load {file} in {folder}: {error}; save the classifier again with its CLIP at hand"
-            ) from error
+            backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            tokenizer = Tokenizer(backend, self.facts.get("clean", "lower"))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise UnavailableError(f"can't load {TOKENIZER_FILE} in {folder}: {error}; {fix}") from error
+        return tokenizer, open_session(folder / FILE, self._threads, fix=fix)

@@ -30,8 +30,9 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         return tuple(self._session.run(list(self.outputs), {"pixels": pixels}))
 
 
-def open_session(file: Path, threads: int | None = None, runs: int = 1) -> Any:
-    """The InferenceSession of an ONNX file on the CPU, for `runs` calls at once, each by `threads`."""
+def open_session(file: Path, threads: int | None = None, runs: int = 1, *, fix: str = "build the engine again") -> Any:
+    """The InferenceSession of an ONNX file on the CPU, for `runs` calls at once, each by `threads`. Raises
+    UnavailableError, with how to `fix` it, for a file that ONNX Runtime can't load."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
@@ -40,6 +41,4 @@ def open_session(file: Path, threads: int | None = None, runs: int = 1) -> Any:
     try:
         return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        raise UnavailableError(
-            f"ONNX Runtime can't load {file.name} in {file.parent}: {error}; build the engine again"
-        ) from error
+        raise UnavailableError(f"ONNX Runtime can't load {file.name} in {file.parent}: {error}; {fix}") from error
