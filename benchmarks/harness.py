@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.devices import Call, Device
+from benchmarks.show import lines_of, origin
 from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
 from iosr_fast.utils.machine import usable_threads
-from tools.report import lines_of, origin
 
 # The threads of an OpenMP pool, and ONNX Runtime's, spin for a while after their last call, on cores that the next
 # candidate needs: after a pause of 0.02 s small batches took three times as long as after one of 0.1 s.

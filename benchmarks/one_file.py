@@ -21,12 +21,12 @@ from PIL import Image
 from benchmarks.harness import Run
 from benchmarks.photographs import photograph
 from benchmarks.runtimes import Answer, compile_recipe, install, runtimes
+from benchmarks.show import lines_of
 from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
 from iosr_fast.evaluation.table import facts
 from iosr_fast.images.preprocess import open_image
 from tools.demo.bundle import make_demo_bundle
-from tools.report import lines_of
 
 CLASSIFIERS, MAX_ERROR = ((12, 5), (100, 4)), 0.3  # classes and pictures of each; with 100 none is accepted
 PACKAGES = ("onnxruntime", "openvino", "onnx", "pillow")

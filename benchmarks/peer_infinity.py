@@ -20,6 +20,7 @@ import numpy as np
 import typer
 from safetensors.torch import save_file
 
+from benchmarks.show import lines_of, origin
 from iosr_fast.backbones.adapter import random_adapter, save_adapter
 from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.backbones.load import load_clip
@@ -32,7 +33,6 @@ from iosr_fast.export.source import EngineSource, source_of
 from iosr_fast.images.preprocess import to_pixels
 from tools.load_test import PACKAGES as OURS
 from tools.load_test import Contender, capacity, lone, make_rows, turns
-from tools.report import lines_of, origin
 from tools.serving_load.client import Queries, make_queries, run_alone
 from tools.serving_load.rows import problems_of
 from tools.serving_load.server import ServerProcess

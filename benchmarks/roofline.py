@@ -26,13 +26,13 @@ import typer
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.score import BATCH, BY_CLASS, DEFAULT_CASES, KEY_BYTES, MANY_KEYS, Case
+from benchmarks.show import table
 from iosr_fast.backbones.dual_blocks import Norm
 from iosr_fast.backbones.dual_config import DualEncoderConfig
 from iosr_fast.backbones.dual_encoder import DualEncoder
 from iosr_fast.cli.command import run
 from iosr_fast.kernels.affinity_sums import BLOCK, PARTIAL_BYTES, tile_of
 from iosr_fast.scoring.dispatch import FEW_PRODUCTS, FEW_QUERIES, READS_ALONE
-from tools.report import table
 
 TF32X3 = 6  # float32 products by tensor cores: three in TF32, at half of float16's rate
 PRODUCT_TILE = 128, 256  # rows and columns of a tile of cuBLAS's products: its largest, an estimate

@@ -1,21 +1,28 @@
-"""mkdocs hooks: the site shows some files from outside docs/ as well.
+"""mkdocs hooks: the site shows some files from outside docs/ as well, and tables of measured rows (benchmarks/show.py).
 
-A link from a page in docs/ to `../benchmarks/README.md` works in the repository. In the site docs/ is the root, so the
+A link from a page in docs/ to `../CHANGELOG.md` works in the repository. In the site docs/ is the root, so the
 hook removes one level from such links, and "docs/" from the links of the other files.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/*/README.md"]
-OUTSIDE = [*PAGES, "benchmarks/*/*.png", "benchmarks/*/*.json"]
+sys.path.insert(0, str(ROOT))
+from benchmarks.show import block  # noqa: E402
+
+BLOCK = re.compile(r"```rows\n(.*?)```", re.DOTALL)
+PAGES = ["CHANGELOG.md", "CONTRIBUTING.md", "examples/*/README.md"]
+OUTSIDE = [*PAGES, "benchmarks/*/*.json"]
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -26,6 +33,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    markdown = BLOCK.sub(lambda found: "\n".join(block(yaml.safe_load(found[1]))), markdown)
     up = "../" * page.file.src_uri.count("/")
     if page.file.generated_by is None:
         return markdown.replace(f"](../{up}", f"]({up}")

@@ -4,6 +4,7 @@ python tools/benchmark.py encoder      both embeddings of a batch: fused, in few
 python tools/benchmark.py score        embeddings to logits: our kernels, the papers' formula, PyTorch
 python tools/benchmark.py pipeline     JPEG files to labels
 python tools/benchmark.py one-file     a classifier as one ONNX file in other runtimes, beside the library
+python tools/benchmark.py show SUBJECT            the rows of benchmarks/results
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ iosr_fast.__path__.append(str(ROOT))
 
 def main(
     subject: Annotated[
-        Literal["encoder", "score", "pipeline", "one-file"],
-        typer.Argument(metavar="SUBJECT", help="encoder, score, pipeline or one-file."),
+        Literal["encoder", "score", "pipeline", "one-file", "show"],
+        typer.Argument(metavar="SUBJECT", help="encoder, score, pipeline, one-file or show."),
     ],
+    words: Annotated[list[str] | None, typer.Argument(metavar="...", help="Of show: a subject.")] = None,
     model: Annotated[str | None, typer.Option(help="open_clip ViT, or demo. Not for score.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images of a call, several for encoder.")] = None,
     first_adapted_block: Annotated[
@@ -50,6 +52,11 @@ def main(
     ] = None,
 ) -> None:
     """Time a part of iosr_fast against named rivals; rows are printed as cases end and written after every round."""
+    if subject == "show":
+        from benchmarks.show import page
+
+        typer.echo("\n\n".join(map(page, words or [])))
+        return
     given = {"model": model, "batch": batch, "first_adapted_block": first_adapted_block}
     given |= {"case": case, "pictures": pictures}
     # Before the first import of NumPy and PyTorch, which read their threads then; our kernels read theirs later.

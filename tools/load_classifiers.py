@@ -23,13 +23,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.show import lines_of, origin
 from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import new_file, run
 from iosr_fast.evaluation.provenance import commit, write_rows
 from iosr_fast.evaluation.table import facts
 from tools.load_test import CONNECTIONS, LONE, PACKAGES
-from tools.report import lines_of, origin
 from tools.serving_load.client import Client, Queries, closed_loop, make_queries, run_alone
 from tools.serving_load.rows import Facts, Round, percentile_ms, problems_of, row_of
 from tools.serving_load.server import ServerProcess

@@ -24,13 +24,13 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.show import lines_of, origin
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli.command import new_file, run
 from iosr_fast.evaluation.provenance import commit, write_rows
 from iosr_fast.evaluation.table import facts
 from iosr_fast.utils.machine import usable_threads
 from tools.demo.bundle import make_demo_bundle
-from tools.report import lines_of, origin
 from tools.serving_load.churn import churn
 from tools.serving_load.client import (
     Answer,

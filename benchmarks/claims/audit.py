@@ -68,7 +68,4 @@ def by_cleanlab(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return surprise, find_label_issues(labels, p, n_jobs=1), None
 
 
-CLAIM = Claim("audit", __doc__, draws, ("auto", "cleanlab"))
-
-if __name__ == "__main__":
-    CLAIM.main()
+CLAIMS = [Claim("audit", __doc__, draws, ("auto", "cleanlab"))]

@@ -1,4 +1,4 @@
-"""What the scripts of claims share: data sets on the command line, a printed line for each row, rows as JSON."""
+"""What the measurements of claims share: data sets on the command line, a printed line for each row, rows as JSON."""
 
 import argparse
 import warnings
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.show import lines_of
 from iosr_fast import Embeddings, FewShotHead
 from iosr_fast.cli.command import new_file, one_line_errors
 from iosr_fast.evaluation.features import open_sources
 from iosr_fast.evaluation.provenance import write_rows
 from iosr_fast.evaluation.table import facts
-from tools.report import COLUMNS, cell
 
 Task = Any  # iosr_fast.evaluation.tasks.Task, or one with labels (B, C)
 Draws = Iterator[Mapping[str, Any]]
@@ -23,9 +23,9 @@ Draws = Iterator[Mapping[str, Any]]
 @dataclass(frozen=True)
 class Claim:
     """What `draws` measures of a task, a method and a seed: figures, shares in 0..1. A row has their means over all
-    draws, and the standard deviation of the first; draws that differ in `of` have a row each. What the page of the
-    results has of them is printed. `sources` opens data sets by name, shots and number of seeds. `pool` makes what a
-    row has of all its draws together: the draws, or less where they are many."""
+    draws, and the standard deviation of the first; draws that differ in `of` have a row each. `sources` opens data
+    sets by name, shots and number of seeds. `pool` makes what a row has of all its draws together: the draws, or less
+    where they are many."""
 
     name: str
     about: str
@@ -35,7 +35,8 @@ class Claim:
     pool: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda draws: {"draws": draws}
 
     def main(self, words: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        parser = argparse.ArgumentParser(description=self.about, formatter_class=argparse.RawTextHelpFormatter)
+        program = f"python -m benchmarks.claims {self.name}"
+        parser = argparse.ArgumentParser(program, description=self.about, formatter_class=argparse.RawTextHelpFormatter)
         parser.add_argument("data", nargs="*", default=["demo"], help="feature files (.npz), or demo")
         parser.add_argument("--shots", nargs="+", type=int, help="images of each class; default: all that there are")
         parser.add_argument("--seeds", type=int, help="draws of the support set; default: the file's own set")
@@ -47,9 +48,7 @@ class Claim:
             rows = []
             for source in self.sources(options.data, options.shots, options.seeds):
                 for row in self.rows(source):
-                    cells = {name: cell(row, name, form) for name, form in COLUMNS[self.name].items()}
-                    figures = ", ".join(f"{name} {text}" for name, text in cells.items() if text)
-                    print(f"{row['data']}, {row['shots']} shots, {row['method']} {row['of']}: {figures}", flush=True)
+                    print(f"{row['data']}, {lines_of([row])[0]}", flush=True)
                     rows.append({**row, **facts(["scikit-learn"])})
                 write_rows(options.json, rows)  # of each data set, as a run may be ended
             return rows
@@ -64,13 +63,10 @@ class Claim:
                     for draw in self.draws(task, method, seed):
                         groups.setdefault(draw.get("of", ""), []).append(draw)
                 for of, draws in groups.items():
-                    figures = {
-                        name: [draw[name] for draw in draws] for name in draws[0] if name not in ("of", "method")
-                    }
+                    figures = {name: [draw[name] for draw in draws] for name in draws[0] if name != "of"}
                     first = next(iter(figures.values()))
                     yield {
-                        **{"bench": self.name, "data": source.name, "method": draws[0].get("method", method)},
-                        **{"of": of, "shots": shots},
+                        **{"bench": self.name, "data": source.name, "method": method, "of": of, "shots": shots},
                         **{name: None if None in v else float(np.mean(v)) for name, v in figures.items()},
                         "std": float(np.std(first, ddof=1)) if len(first) > 1 else None,
                         **{"test_images": len(task.labels), "seeds": list(source.seeds)},

@@ -91,7 +91,4 @@ def sources(words: Sequence[str], shots: Sequence[int] | None = None, seeds: int
     return own + (open_sources(files, shots, seeds) if files else [])
 
 
-CLAIM = Claim("suggest", __doc__, draws, ("gda",), sources)
-
-if __name__ == "__main__":
-    CLAIM.main()
+CLAIMS = [Claim("suggest", __doc__, draws, ("gda",), sources)]

@@ -17,13 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import ceilings, encoder, harness, one_file, photographs, pipeline, score
-from benchmarks.claims.key_precision import of_gpu
 from benchmarks.devices import Device
 from benchmarks.harness import Run
 from benchmarks.score_rivals import torch_rivals
 from iosr_fast import _C
 from iosr_fast.backbones.demo.pictures import load_pictures
 from iosr_fast.cli.command import ListCommand, command_app
+from iosr_fast.scoring.half_plan import half_plan
 from iosr_fast.scoring.key_precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score_with_path
@@ -128,7 +128,7 @@ def test_a_few_lost_keys_are_refused_and_half_precision_is_not(tolerance: float,
         lost = replace(plan, values=plan.values * kept)
         score.verify(score_with_path(lost, embeddings)[0], plan, embeddings, tolerance)
     if tolerance >= score.GPU_TOLERANCES["fp16"]:
-        score.verify(of_gpu(plan.with_key_precision("fp16"), embeddings), plan, embeddings, tolerance)
+        score.verify(score_with_path(half_plan(plan), embeddings)[0], plan, embeddings, tolerance)
 
 
 def test_a_backend_that_breaks_costs_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

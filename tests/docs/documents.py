@@ -22,6 +22,7 @@ from sybil import Example, Region
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from typer.core import TyperGroup
 
+from benchmarks.show import block as table_of_rows
 from iosr_fast.serving.http import metrics
 from tests import ROOT
 from tests.cli.runs import done
@@ -62,6 +63,8 @@ class Document:
         elif kind in SHELL:
             for line in shell_lines(text, kind):
                 self._shell(line)
+        elif kind == "rows":
+            table_of_rows(yaml.safe_load(text))
         elif kind in ("ini", "yaml"):
             check_configuration(text, kind)
         else:
