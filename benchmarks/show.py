@@ -62,7 +62,7 @@ def block(spec: Mapping[str, Any], folder: Path = RESULTS) -> list[str]:
     lines = pivot(
         taken, **{name: spec[name] for name in ("line", "column", "columns", "cell", "names") if name in spec}
     )
-    if len(lines) < 3 or not all("".join(line.strip("| ").split("|")[1:]).strip() for line in lines):
+    if len(lines) < 3 or not all(any(map(str.strip, line.split("|")[2:])) for line in lines):
         raise ValueError(f"expected rows with figures for each line of {dict(spec)}, got {lines}")
     return lines
 

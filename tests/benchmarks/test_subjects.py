@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import ceilings, encoder, harness, one_file, photographs, pipeline, score
+from benchmarks import ceilings, encoder, harness, one_file, photographs, pipeline, score, waits
 from benchmarks.devices import Device
 from benchmarks.harness import Run
 from benchmarks.score_rivals import torch_rivals
@@ -227,3 +227,18 @@ def test_the_script_prints_rows_and_writes_them(tmp_path: Path) -> None:
     ):
         refused = CliRunner().invoke(command_app(main, ListCommand), [*wrong, "--json", str(tmp_path / "other.json")])
         assert refused.exit_code == 2 and said in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_what_users_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "METHODS", {"tip-adapter++": {"tune": "none"}})
+    run = Run("change", threads=1, repeats=1)
+    waits.change(run)
+    waits.fit(run, "demo", pictures=20)
+    waits.cold_start(run, "demo")
+    rows = by_name(run)
+    assert set(rows) == {"add-and-remove-class", "fit-again", "fit", "logistic-regression", "iosr-fast"}
+    assert rows["iosr-fast"]["peak_memory_mb"] > 20
+    with pytest.raises(ArithmeticError, match="expected 101 classes"):
+        waits.classes(100)
+    with pytest.raises(ArithmeticError, match="expected a, got b"):
+        waits.peak("a", ["b", "1000"])
