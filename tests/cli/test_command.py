@@ -77,7 +77,9 @@ def test_a_place_that_can_not_be_written_to_is_refused(check: Any, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("benchmark.py", "score", "--case", "nonsense"), ("report.py", "--checks")])
+@pytest.mark.parametrize(
+    "words", [("benchmark.py", "score", "--case", "nonsense"), ("benchmark.py", "compare", "HEAD")]
+)
 def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
