@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import functools
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,21 +18,39 @@ _COPY_WEIGHTS = "copy the file here and give its path (pretrained=FILE, --pretra
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-@contextmanager
-def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[None]:
-    """Raise any error of the block as an OSError that names the model and what to do without a network.
+@dataclass(frozen=True)
+class Hub:
+    """The hub of Hugging Face. If it does not answer, only files that were downloaded earlier are read: its client
+    would try each file again for 20 seconds."""
 
-    Which library downloads a file, and what it raises, depends on the model. If the hub of Hugging Face does not
-    answer, only files that were downloaded earlier are read: its client would try each file again for 20 seconds.
-    """
+    unreachable: str  # why; "": it answers, or the client knows that it is offline
+
+    def file(self, repository: str, *names: str) -> Path:
+        """The first of these files that a repository, OWNER/NAME or OWNER/NAME@REVISION, has. Raises what the client
+        raises: EntryNotFoundError without any, LocalEntryNotFoundError, which is one, if the hub can't be asked."""
+        hub = require("huggingface_hub", "cpu")
+        repository, _, revision = repository.partition("@")
+        options = {"local_files_only": bool(self.unreachable), "etag_timeout": _TIMEOUT_S}
+        *better, last = names
+        for name in better:
+            with suppress(hub.errors.EntryNotFoundError):
+                return Path(hub.hf_hub_download(repository, name, revision=revision or None, **options))
+        return Path(hub.hf_hub_download(repository, last, revision=revision or None, **options))
+
+    def weights(self, repository: str, name: str) -> Path:
+        """A file of weights, or the same ones in safetensors, by the names that open_clip and timm know."""
+        safe = name.replace("pytorch_model.bin", "model.safetensors")
+        return self.file(repository, str(Path(name).with_suffix(".safetensors")) if safe == name else safe, name)
+
+
+@contextmanager
+def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[Hub]:
+    """The hub, to fetch files from. Any error of the block is raised as an OSError that names the model and what to do
+    without a network: what the libraries raise that read the files depends on the model."""
     constants: Any = require("huggingface_hub.constants", "cpu")
-    offline, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    unreachable = "" if offline else _unreachable(constants.ENDPOINT)
-    if unreachable:
-        constants.HF_HUB_OFFLINE = True
-        socket.setdefaulttimeout(_TIMEOUT_S)  # of downloads from other hosts, by urllib
+    unreachable = "" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
     try:
-        yield
+        yield Hub(unreachable)
     except (ImportError, MemoryError):
         raise
     except Exception as error:
@@ -40,9 +59,6 @@ def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[N
         if (place := _unwritable(error)) is not None:
             reason, fix = place, "set HF_HOME to a folder that can be written"
         raise OSError(f"{what} of {name} can't be downloaded or read: {reason}; {fix}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-        socket.setdefaulttimeout(timeout)
 
 
 def _unreachable(endpoint: str) -> str:

@@ -125,8 +125,12 @@ def load_encoder(name: str, pretrained: str | Path | None) -> Any:
         return model
     architecture = image_model(name).architecture
     if pretrained is None:
-        with downloading(name, "the weights"):
-            return timm.create_model(architecture, pretrained=True, num_classes=0)
+        published, overlay = image_model(name).shapes.pretrained_cfg, {}
+        with downloading(name, "the weights") as hub:
+            if repository := published.get("hf_hub_id"):  # of a few timm downloads the weights from elsewhere
+                file = hub.weights(repository, published.get("hf_hub_filename") or "pytorch_model.bin")
+                overlay = {"file": str(file), "custom_load": False}  # which is for the files of URLs
+            return timm.create_model(architecture, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=0)

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from iosr_fast.backbones.download import downloading
 from iosr_fast.backbones.image_models import image_model, is_image_model, load_encoder
 from iosr_fast.backbones.load_tokenizer import load_tokenizer
-from iosr_fast.backbones.models import DEMO_FOLDER, DEMO_NAME, HUB, LOCAL, check_model, find_weights, is_torchscript
+from iosr_fast.backbones.models import (
+    DEMO_FOLDER,
+    DEMO_NAME,
+    HUB,
+    LOCAL,
+    check_model,
+    find_weights,
+    is_torchscript,
+    own_folder,
+)
 from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
@@ -104,7 +113,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
 
     `load_clip("demo")` is the small CLIP that ships with the package. "hf-hub:OWNER/REPOSITORY" and "local-dir:FOLDER"
     have their own configuration and weights (backbones.models). Otherwise `name` is one of open_clip's models and
-    `pretrained` one of its tags ("openai": downloaded by open_clip), a file (open_clip's .safetensors, a state dict in
+    `pretrained` one of its tags ("openai": downloaded from the hub), a file (open_clip's .safetensors, a state dict in
     .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
     Models whose weights were trained with QuickGELU use it, even if their name does not end in "-quickgelu".
     Preprocessing is that of the tag. For a file and for random weights it is the one that all tags of the model share,
@@ -133,9 +142,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
         elif pretrained is None:
             model = _model_of_its_own(open_clip, name)
         elif str(pretrained) in open_clip.list_pretrained_tags_by_model(name):
-            quick = bool(open_clip.get_pretrained_cfg(name, str(pretrained)).get("quick_gelu"))
-            with downloading(name, f"the weights {str(pretrained)!r}"):
-                model = open_clip.create_model(name, pretrained=str(pretrained), force_quick_gelu=quick)
+            model = _published_model(open_clip, name, str(pretrained))
         else:
             model = _model_from_file(open_clip, name, Path(pretrained))
     model = model.float().eval().requires_grad_(False)
@@ -156,13 +163,14 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
 
 
 def _preprocessing(open_clip: Any, model: Any, name: str, pretrained: str) -> dict[str, Any]:
-    """The fields of open_clip's PreprocessCfg for a model. open_clip gives weights without a tag its default."""
+    """The fields of open_clip's PreprocessCfg for a model; open_clip gives the weights of a file its default."""
     preprocess: dict[str, Any] = dict(open_clip.get_model_preprocess_cfg(model))
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained in tags or not tags:
+    if not tags:
         return preprocess
     fields = ("mean", "std", "interpolation", "resize_mode")
-    shared = [{key: open_clip.get_pretrained_cfg(name, tag)[key] for key in fields} for tag in tags]
+    published = [pretrained] if pretrained in tags else tags
+    shared = [{key: open_clip.get_pretrained_cfg(name, tag)[key] for key in fields} for tag in published]
     if all(each == shared[0] for each in shared):
         return preprocess | shared[0]
     if pretrained != "none":
@@ -194,22 +202,31 @@ def _tokenizer(name: str, config: dict[str, Any], needed: bool) -> Any:
 
 def _random_model(open_clip: Any, name: str) -> Any:
     torch = require("torch", "cpu")
+    if name.startswith(HUB):
+        name = f"{LOCAL}{own_folder(name)}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return open_clip.create_model(name, load_weights=False, pretrained_text=False)
 
 
+def _published_model(open_clip: Any, name: str, tag: str) -> Any:
+    """The model with the weights of one of open_clip's tags."""
+    published = open_clip.get_pretrained_cfg(name, tag)
+    repository, _, file = published["hf_hub"].rpartition("/")
+    with downloading(name, f"the weights {tag!r}") as hub:
+        path = hub.weights(repository, file or "open_clip_pytorch_model.bin")
+        return open_clip.create_model(name, pretrained=str(path), force_quick_gelu=bool(published.get("quick_gelu")))
+
+
 def _model_of_its_own(open_clip: Any, name: str) -> Any:
     """The model of a repository of the hub or of a folder. open_clip loads tensors only (weights_only)."""
-    if name.startswith(HUB):
-        with downloading(name, "the weights"):
-            return open_clip.create_model(name, require_pretrained=True)
+    folder = own_folder(name, weights=True)
     try:
-        return open_clip.create_model(name, require_pretrained=True)
+        return open_clip.create_model(f"{LOCAL}{folder}", require_pretrained=True)
     except Exception as error:  # what open_clip and torch raise depends on the file
-        path = find_weights(Path(name.removeprefix(LOCAL)))
         first = str(error).strip().partition("\n")[0]
-        raise IosrFastError(f"expected weights of the configuration of {name} in {path}: {first}") from error
+        what = f"expected weights of the configuration of {name} in {find_weights(folder)}: {first}"
+        raise IosrFastError(what) from error
 
 
 def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:

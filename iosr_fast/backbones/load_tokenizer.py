@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ def load_tokenizer(name: str, config: Mapping[str, Any]) -> Any:
     if model or mode or options.get("language"):
         what = f"text encoder of {name}, {model}," if model else f"tokenizer of {name}"
         require_transformers(f"the {what} runs in Hugging Face's transformers")
-        with downloading(str(source), "the tokenizer", _COPY_FILES):
-            return open_clip.tokenizer.HFTokenizer(source, length, tokenizer_mode=mode, **options)
+        with downloading(str(source), "the tokenizer", _COPY_FILES) as hub:
+            cached = {"local_files_only": bool(hub.unreachable)}
+            return open_clip.tokenizer.HFTokenizer(source, length, tokenizer_mode=mode, **cached, **options)
     tokenizer = hugging_face_tokenizer(source, length, **options)
     check_vocabulary(name, tokenizer, text.get("vocab_size", 49408))
     return tokenizer
@@ -91,34 +92,39 @@ def hugging_face_tokenizer(
 def _read(source: str | Path) -> tuple[str | None, dict[str, Any]]:
     """tokenizer.json, None if there is none, and the settings; a special token may be a string or an object."""
     settings: dict[str, Any] = {}
-    for name in _SETTINGS:
-        settings |= json.loads(_file(source, name) or "{}")
+    *texts, content = _texts(source, (*_SETTINGS, "tokenizer.json"))
+    for text in texts:
+        settings |= json.loads(text or "{}")
     for key, value in settings.items():
         if key.endswith("_token") and isinstance(value, dict):
             settings[key] = value.get("content")
-    return _file(source, "tokenizer.json"), settings
+    return content, settings
 
 
-def _file(source: str | Path, name: str) -> str | None:
-    """The content of a file of a folder or of a repository of the hub; None if it has no such file."""
+def _texts(source: str | Path, names: Sequence[str]) -> list[str | None]:
+    """The contents of files of a folder or of a repository of the hub; None where it has no such file."""
     if Path(source).is_dir():
-        path = Path(source) / name
-        return path.read_text("utf-8") if path.is_file() else None
-    hub = require("huggingface_hub", "cpu")
-    with downloading(str(source), "the tokenizer", _COPY_FILES):
-        try:
-            return Path(hub.hf_hub_download(str(source), name)).read_text("utf-8")
-        except hub.errors.LocalEntryNotFoundError:  # an EntryNotFoundError too: the hub can't be asked
-            raise
-        except hub.errors.EntryNotFoundError:
-            return None
+        paths = [Path(source) / name for name in names]
+        return [path.read_text("utf-8") if path.is_file() else None for path in paths]
+    errors: Any = require("huggingface_hub.errors", "cpu")
+    texts: list[str | None] = []
+    with downloading(str(source), "the tokenizer", _COPY_FILES) as hub:
+        for name in names:
+            try:
+                texts.append(hub.file(str(source), name).read_text("utf-8"))
+            except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too: the hub can't be asked
+                raise
+            except errors.EntryNotFoundError:
+                texts.append(None)
+    return texts
 
 
 def _convert(source: str | Path) -> tuple[str, dict[str, Any]]:
     """As `_read`, by transformers, for a repository with a SentencePiece model alone (google/mt5-base)."""
     require_transformers(f"{source} has no tokenizer.json, and transformers has to convert what it has")
-    with downloading(str(source), "the tokenizer", _COPY_FILES):
-        tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(str(source))
+    auto = importlib.import_module("transformers").AutoTokenizer
+    with downloading(str(source), "the tokenizer", _COPY_FILES) as hub:
+        tokenizer = auto.from_pretrained(str(source), local_files_only=bool(hub.unreachable))
     if not tokenizer.is_fast:
         raise IosrFastError(f"expected a tokenizer.json in {source}, or files that transformers converts to one")
     names = ("pad_token", "sep_token", "padding_side", "truncation_side")

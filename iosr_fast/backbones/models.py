@@ -45,12 +45,8 @@ def model_config(name: str) -> dict[str, Any]:
     open_clip = require("open_clip", "cpu")
     if name in ("demo", DEMO_NAME):
         return _checked(json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()), name)
-    if name.startswith(LOCAL):
-        return _checked(_read_config(Path(name.removeprefix(LOCAL))), f"{CONFIG} of {name}")
-    if name.startswith(HUB):
-        with downloading(name, "the configuration"):
-            downloaded = open_clip.get_model_config(name)
-        return _checked(downloaded, f"{CONFIG} of {name}")
+    if name.startswith((HUB, LOCAL)):
+        return _checked(_read_config(own_folder(name)), f"{CONFIG} of {name}")
     config = open_clip.get_model_config(own_name(name))
     if config is None:
         raise _unknown(name, open_clip.list_models())
@@ -100,6 +96,20 @@ def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
         f"{name} has no pretrained tag {str(pretrained)!r}: {did_you_mean(str(pretrained), tags)}expected {published}, "
         "a file, or 'none'"
     )
+
+
+def own_folder(name: str, weights: bool = False) -> Path:
+    """The folder of a model that has its own configuration; of the hub the one with the downloaded files, its `weights`
+    among them if they are needed. Raises OSError for a failed download."""
+    folder, repository = Path(name.removeprefix(LOCAL)), name.removeprefix(HUB)
+    if name.startswith(LOCAL):
+        return folder
+    with downloading(name, "the configuration") as hub:
+        folder = hub.file(repository, CONFIG).parent  # named by the commit
+    if weights:
+        with downloading(name, "the weights") as hub:
+            hub.weights(f"{repository}@{folder.name}", "open_clip_pytorch_model.bin")
+    return folder
 
 
 def find_weights(folder: Path) -> Path:

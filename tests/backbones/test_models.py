@@ -87,22 +87,6 @@ def test_a_folder_is_loaded_by_its_own_configuration(folder: Path) -> None:
     assert load_clip(name).fingerprint == clip.fingerprint
 
 
-def test_a_repository_of_the_hub_is_loaded_by_its_own_configuration(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(model_id: str, filename: str = "open_clip_model.safetensors", **_: Any) -> str:
-        if model_id != "owner/repository":
-            raise ConnectionError("no route to the hub")
-        return str(folder / filename)
-
-    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
-    assert load_clip("hf-hub:owner/repository").fingerprint == load_clip(f"local-dir:{folder}").fingerprint
-    with pytest.raises(OSError, match=r"the configuration of hf-hub:owner/other can't be downloaded or read: "):
-        load_clip("hf-hub:owner/other")
-    with pytest.raises(ValueError, match=r"names its weights itself.* got 'openai'"):
-        load_clip("hf-hub:owner/repository", "openai")
-
-
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [

@@ -121,7 +121,7 @@ def test_names_are_read_as_open_clip_reads_them(tmp_path: Path, monkeypatch: pyt
     folder = tokenizer_files.siglip(tmp_path / "files")
     asked = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, **_: Any) -> str:
         if repository == "timm/nowhere":
             raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
         asked.append((repository, name))

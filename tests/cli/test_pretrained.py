@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from iosr_fast import Classifier
+from iosr_fast.backbones import download
 from iosr_fast.export import pretrained
 from tests.cli.runs import never, refused
 from tests.store.live_parts import pixel_clip
@@ -85,12 +86,13 @@ def test_what_does_not_fit_is_refused_before_a_clip_is_made(
 def test_a_download_that_fails_is_one_line_that_names_the_model(
     failure: Exception, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import open_clip
+    import huggingface_hub
 
     def fails(*_: object, **__: object) -> Any:
         raise failure
 
-    monkeypatch.setattr(open_clip, "create_model", fails)
+    monkeypatch.setattr(download, "_reach", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
     words = ("--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k")
     said = refused("fit", folder, "--out", tmp_path / "out", *words)
     assert "the weights 'laion2b_s34b_b79k' of ViT-B-32 can't be downloaded" in said and "--pretrained FILE" in said

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,8 +82,9 @@ def users_files() -> dict[str, bytes]:
 def use_demo_weights(patch: pytest.MonkeyPatch, open_clip: Any) -> None:
     """open_clip with the demo's architecture and weights under the name of every pretrained ViT.
 
-    The documents name real CLIPs, whose weights tests can't download. What is replaced is open_clip's download alone:
-    names and tags are still checked against open_clip's own list, and everything in iosr_fast runs as it is.
+    The documents name real CLIPs, whose weights tests can't download. What is replaced is the hub's file of weights and
+    the architecture: names and tags are still checked against open_clip's own list, and everything in iosr_fast runs
+    as it is.
     """
     create, config, tokenizer = open_clip.create_model, open_clip.get_model_config, open_clip.get_tokenizer
     open_clip.add_model_config(DEMO_FOLDER / f"{DEMO_NAME}.json")
@@ -90,11 +92,10 @@ def use_demo_weights(patch: pytest.MonkeyPatch, open_clip: Any) -> None:
     def demo_name(name: str) -> str:
         return DEMO_NAME if name.startswith("ViT-") else name
 
-    def create_model(name: str, pretrained: str | None = None, **options: Any) -> Any:
-        if pretrained not in open_clip.list_pretrained_tags_by_model(name):
-            return create(demo_name(name), pretrained=pretrained, **options)
-        return create(demo_name(name), pretrained=str(DEMO_FOLDER / "clip.safetensors"))  # and no QuickGELU
+    def create_model(name: str, force_quick_gelu: bool = False, **options: Any) -> Any:
+        return create(demo_name(name), force_quick_gelu=force_quick_gelu and demo_name(name) == name, **options)
 
+    patch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(DEMO_FOLDER / "clip.safetensors"))
     patch.setattr(open_clip, "create_model", create_model)
     patch.setattr(open_clip, "get_model_config", lambda name: config(demo_name(name)))
     patch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer(demo_name(name)))
