@@ -57,7 +57,7 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     os.dup2(file, 2)
     os.setpgid(0, 0)
     torch.set_num_threads(1)
-    sys.argv = ["train_adapter.py", *options]
+    sys.argv = ["train-adapter", *options]
     from iosr_fast.cli import command
     from iosr_fast.cli.train_adapter import train_adapter
 
@@ -133,7 +133,7 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
     """Also: one process sees the batches of two. It differs in dropout only, which the first step's loss ignores."""
     whole, killed, one = (tmp_path / f"{name}.safetensors" for name in ("whole", "killed", "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tools" / "train_adapter.py"), *arguments(folder, whole, "supervised")]
+    command += ["-m", "iosr_fast", "train-adapter", *arguments(folder, whole, "supervised")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
