@@ -35,7 +35,6 @@ COMMANDS = {
         "build-engine": "Compile a CLIP and its adapter.",
         "build-plan": "Compile a saved classifier for TensorRT and Triton.",
         "embed": "Write the embeddings of a set of images.",
-        "open-images-subset": "Choose a balanced subset of Open Images to train on.",
     },
     "Measure": {
         "benchmark": "Time a saved classifier or an engine on this machine.",

@@ -50,7 +50,6 @@ Keywords = Annotated[
     option("XMP keywords are the labels in a folder, of pictures with some (tagged) or of all.", metavar="tagged|all"),
 ]
 SkipBad = Annotated[bool, option("Leave out images that can't be read, and report them.", "--skip-bad")]
-Seed = Annotated[int, option("Seed of all random choices.")]
 
 
 def as_share(text: str) -> float:

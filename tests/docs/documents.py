@@ -34,7 +34,6 @@ NOT_RUN = {
     r"serve-ray|--ray": "starts Ray; tests/test_ray.py and tests/files do",
     r"--runtime tensorrt|--gpu|--device cuda": "needs an NVIDIA GPU",
     r"torchrun": "trains in several processes; tests/training does",
-    r"open-images": "needs Open Images; tests/training makes a small one",
     r"evaluate paper": "needs the paper's data sets; tests/evaluation makes small ones",
     r"docker": "needs Docker",
     r"git clone|cd iosr_fast": "needs the repository's address",

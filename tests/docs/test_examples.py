@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import chdir, closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,20 @@ DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
+@pytest.fixture
+def fiftyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for FiftyOne's zoo, with the options that a page gives it."""
+
+    def load(name: str, split: str, label_types: Any, classes: list[str], max_samples: int, dataset_name: str) -> Any:
+        return SimpleNamespace(values=lambda field: [f"{classes[0]}.jpg"])
+
+    zoo = SimpleNamespace(load_zoo_dataset=load)
+    monkeypatch.setitem(sys.modules, "fiftyone", SimpleNamespace(zoo=zoo))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "fiftyone.zoo", zoo)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("fiftyone")
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_every_block_of_a_page_runs(path: Path, tmp_path: Path, subtests: pytest.Subtests) -> None:
     """In order, in one folder: a block uses what those before it have made. A failure names its line, others go on."""
