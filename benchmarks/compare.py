@@ -2,7 +2,8 @@
 
 The commit is checked out and its compiled module built in a folder of its own. Each side runs its own
 tools/benchmark.py in turns, and of each row that both have, the ratio of the times is the median over the turns: above
-1, this tree is faster. Absolute times of two days say nothing, as machines differ from day to day.
+1, this tree is faster. It is slower where the ratio is below FLOOR and no turn shows otherwise. Absolute times of two
+days say nothing, as machines differ from day to day.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Times = Mapping[tuple[str, str], float]
 
 
 def compare(commit: str, subject: str, words: Sequence[str] = (), turns: int = TURNS) -> list[list[str]]:
-    """Print a table of case, implementation and ratio; returns the lines whose ratio is below FLOOR.
+    """Print a table of case, implementation and ratio; returns the lines of what became slower.
 
     Raises IosrFastError for an unknown commit, and for a run that fails."""
     with tempfile.TemporaryDirectory() as name:
@@ -44,7 +45,7 @@ def compare(commit: str, subject: str, words: Sequence[str] = (), turns: int = T
     print("\n".join(table(("case", "implementation", f"times of {commit} over this tree's", "spread"), lines)))
     if not lines:
         raise IosrFastError(f"expected rows of {subject} that both trees have, got none")
-    return [line for line in lines if float(line[2]) < FLOOR]
+    return [line for line in lines if float(line[2]) < FLOOR and float(line[3].split()[-1]) < 1.0]
 
 
 def git(*words: str) -> None:
@@ -62,7 +63,7 @@ def built(root: Path) -> None:
 
 
 def measured(root: Path, subject: str, words: Sequence[str], out: Path) -> Times:
-    """The medians by case and implementation of a run of a tree's own benchmark."""
+    """The medians by case and implementation, rivals left out, of a run of a tree's own benchmark."""
     command = [sys.executable, str(root / "tools" / "benchmark.py"), subject, *words, "--json", str(out)]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
@@ -70,7 +71,8 @@ def measured(root: Path, subject: str, words: Sequence[str], out: Path) -> Times
     if not out.exists():
         raise IosrFastError(f"expected rows of {' '.join(command[1:])}: {done.stderr[-2000:]}")
     rows = json.loads(out.read_text(encoding="utf-8"))
-    return {(row["case"], row["impl"]): row["runtime_ms"] for row in rows}
+    rivals = {name for row in rows for name in row["ratios"]}
+    return {(row["case"], row["impl"]): row["runtime_ms"] for row in rows if row["impl"] not in rivals}
 
 
 def ratios(ours: Sequence[Times], theirs: Sequence[Times]) -> list[list[str]]:

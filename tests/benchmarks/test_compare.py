@@ -14,7 +14,11 @@ from iosr_fast.exceptions import IosrFastError
 FAKE = """
 import json, sys
 out = sys.argv[sys.argv.index("--json") + 1]
-rows = [{{"case": "few", "impl": impl, "runtime_ms": {time}}} for impl in ("ours", {own!r})]
+rows = [
+    {{"case": "few", "impl": "ours", "runtime_ms": {time}, "ratios": {{"rival": 2.0}}}},
+    {{"case": "few", "impl": "rival", "runtime_ms": {time}, "ratios": {{}}}},
+    {{"case": {own!r}, "impl": "ours", "runtime_ms": {time}, "ratios": {{}}}},
+]
 open(out, "w").write(json.dumps(rows))
 open({log!r}, "a").write({own!r} + " " + " ".join(sys.argv[1:-2]) + "\\n")
 """
@@ -40,7 +44,8 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_both_trees_run_their_own_benchmark_in_turns(before: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert module.compare("HEAD", "score", ["--case", "few"], turns=2) == []
-    assert "| few | ours | 1.250 | 1.250 to 1.250 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[2:] == ["| few | ours | 1.250 | 1.250 to 1.250 |"], "what both have, without rivals"
     assert Path(before).read_text().splitlines() == [
         f"{side} score --case few" for side in ("after", "before", "before", "after")
     ]
@@ -48,9 +53,12 @@ def test_both_trees_run_their_own_benchmark_in_turns(before: str, capsys: pytest
     assert len(git.stdout.splitlines()) == 1, "the other tree is gone"
 
 
-def test_what_became_slower_is_returned(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_became_slower_in_each_turn_is_returned(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLOOR", 1.3)
-    assert module.compare("HEAD", "score", turns=1) == [["few", "ours", "1.250", "1.250 to 1.250"]]
+    assert module.compare("HEAD", "score", turns=1) == []
+    tool = module.ROOT / "tools" / "benchmark.py"
+    tool.write_text(tool.read_text().replace("8.0", "12.5"))
+    assert module.compare("HEAD", "score", turns=1) == [["few", "ours", "0.800", "0.800 to 0.800"]]
 
 
 def test_an_unknown_commit_and_a_run_that_fails_are_refused(before: str) -> None:
