@@ -117,7 +117,11 @@ def test_engine_or_adapter_of_another_clip_is_refused(clip: OpenedModel, demo_ca
     from iosr_fast.export.pretrained import DEMO_ADAPTER
 
     for message, parameters in {
-        "expected the CLIP that the engine was built from": {"pretrained": "none", "engine": clip.engine},
+        "expected the CLIP that the engine was built from": {
+            "pretrained": "none",
+            "adapter": None,
+            "engine": clip.engine,
+        },
         "trained for another CLIP": {"pretrained": "none", "adapter": DEMO_ADAPTER},
         "use 'tip-adapter'": {"adapter": None, "runtime": "torch", "method": "tip-adapter++"},
     }.items():

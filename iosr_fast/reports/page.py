@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.preprocess import open_image, thumbnail
+from iosr_fast.pages import page_file
 from iosr_fast.sealed.outputs import PAGE_MARK
-from iosr_fast.serving import http
 from iosr_fast.utils.html import Html, as_table, element, join, text
 
 _OPEN = 24  # rows of a table and cards that are in sight at once
 _AXIS, _LINES = "#808080", ("#808080", "#4a7fd6", "#c9762b")  # of curves, on a light page and on a dark one
-_OWN, _SITE = Path(__file__).parent, Path(http.__path__[0]) / "page"  # reports share files with the server's page
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -199,9 +197,9 @@ def unreadable(errors: Sequence[Any]) -> Html:
 
 
 def document(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -> str:
-    """The HTML file. `scripts` are names of this folder's files, which stand at the end of the body, after the page's
+    """The HTML file. `scripts` are names of files of pages/report, which stand at the end of the body, after the page's
     csv.js."""
-    code = [_read(_SITE / "csv.js"), *(_read(_OWN / name) for name in scripts)] if scripts else []
+    code = [_read("server/csv.js"), *(_read(f"report/{name}") for name in scripts)] if scripts else []
     hashes = " ".join(f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in code)
     allowed = hashes or "'none'"
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
@@ -212,13 +210,12 @@ def document(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = (
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
         element("title", title),
-        element("style", Html(_read(_SITE / "theme.css") + _read(_OWN / "report.css"))),
+        element("style", Html(_read("server/theme.css") + _read("report/report.css"))),
     )
     header = element("header", element("h1", title), note(lead) if lead else None)
     body = element("body", header, element("main", *parts), *(element("script", Html(script)) for script in code))
     return f"<!doctype html>\n{element('html', element('head', head), body, lang='en')}\n"
 
 
-@cache
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+def _read(name: str) -> str:
+    return page_file(name).decode()

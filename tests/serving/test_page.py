@@ -21,7 +21,7 @@ from tests.serving.page_server import PHONE, PLACE, WIDE, Visit, file
 
 pytestmark = pytest.mark.slow
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
-PAGE = ROOT / "iosr_fast" / "serving" / "http" / "page"
+PAGE = ROOT / "iosr_fast" / "pages" / "server"
 
 
 def change(visit: Visit, *changes: dict[str, Any]) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from iosr_fast.pages import page_files
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.middleware import SERVED
 from iosr_fast.serving.http.site import ServedEncoder
 
-FOLDER = Path(__file__).parent / "page"
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'"
@@ -21,11 +18,9 @@ _POLICY = (
 
 
 def make_router() -> APIRouter:
-    """Serves the files that are in the folder now: the page of a classifier, or of all. A head, which takes no images,
+    """Serves the files of pages/server: the page of a classifier, or of all. A head, which takes no images,
     has a sentence instead. A requested name is a key of a dict, never a path."""
-    paths = [path for path in FOLDER.iterdir() if path.suffix in _TYPES]
-    files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in paths}
-    router = APIRouter(include_in_schema=False)
+    files, router = page_files("server"), APIRouter(include_in_schema=False)
 
     @router.get("/")
     @router.get("/static/{name}")

@@ -9,12 +9,11 @@ import json
 import shutil
 from base64 import b64encode
 from hashlib import sha256
-from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.pages import page_file
 from iosr_fast.sealed.files import new_file
 from iosr_fast.sealed.outputs import check_writable
 from iosr_fast.utils.require import require
@@ -27,8 +26,8 @@ NEEDED = (
 MODEL = "model.onnx"
 # The page's own files, and what it shares with the server's. An earlier page has the first.
 _FILES = {
-    "export/web": ("classify.js", "index.html"),
-    "serving/http/page": ("icon.svg", "theme.css", "page.css", "dom.js", "pictures.js"),
+    **{name: f"file/{name}" for name in ("classify.js", "index.html")},
+    **{name: f"server/{name}" for name in ("icon.svg", "theme.css", "page.css", "dom.js", "pictures.js")},
 }
 
 
@@ -39,7 +38,7 @@ def check_page(model: Path, folder: Path, upright: bool) -> None:
         raise IosrFastError(
             "expected a classifier that turns pictures upright, as browsers always do, got one that doesn't"
         )
-    written = [folder / name for name in (*chain.from_iterable(_FILES.values()), MODEL)]
+    written = [folder / name for name in (*_FILES, MODEL)]
     others = [path for path in written if path.exists() and path.resolve() != model.resolve()]
     if others and written[0] not in others:
         raise IosrFastError(
@@ -56,8 +55,7 @@ def write_page(model: Path, folder: Path) -> None:
     facts = _facts(model)
     check_page(model, folder, facts.pop("upright"))
     texts = json.dumps(facts).replace("<", "\\u003c")  # no class name ends the element that it stands in
-    home = files("iosr_fast")
-    contents = {name: (home / room / name).read_bytes() for room, names in _FILES.items() for name in names}
+    contents = {name: page_file(place) for name, place in _FILES.items()}
     contents["index.html"] = contents["index.html"].replace(b"FACTS", texts.encode())
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
