@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,9 +66,8 @@ def part_size(config: TrainConfig, world: int) -> int:
 class Batches:
     """Micro-batches of the stem's outputs with labels, in an order that depends only on the seed and the epoch.
 
-    With `config.cached_views` V the outputs are cached in a memory-mapped file in `folder`: epochs 0 to V - 1 compute
-    one view each, later ones read them in turn. Outputs are rounded equally in both cases and always computed in whole
-    batches, so an interrupted training reads the same numbers as an uninterrupted one.
+    With `config.cached_views` V the outputs are cached in memory: epochs 0 to V - 1 compute one view each, later ones
+    read them in turn. Outputs are rounded equally in both cases.
     """
 
     def __init__(
@@ -80,13 +78,12 @@ class Batches:
         config: TrainConfig,
         objective: Supervised | Dino,
         fabric: Fabric,
-        folder: Path | None,
     ) -> None:
         self.encoder, self.source, self.config, self.objective = encoder, source, config, objective
         self.fabric, self.device = fabric, fabric.device
         self.normalise = Normalise(clip, config.normalise, self.device)
         views = config.cached_views
-        self.cache = open_cache(folder, clip, encoder, source, config, views) if folder is not None else None
+        self.cache = ActivationCache(len(source.labels), views, (2, *encoder.stem_shape)) if views else None
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, list[Stem], torch.Tensor]]:
         """(micro-batch, the stem's outputs for each set of views, labels) from the epoch's step `first_step` on."""
@@ -124,20 +121,14 @@ def read_stems(
 
     All parts but the last are equally long.
     """
-    missing = [i for i, rows in enumerate(parts) if cache is None or not cache.contains(rows, view)]
-    pixels = read_pixels(source, [parts[i] for i in missing])
-    for i, rows in enumerate(parts):
-        is_missing = bool(missing) and i == missing[0]
-        cached = None if cache is None or is_missing else cache.read(rows, view)
-        if cached is None:
-            if is_missing:
-                missing.pop(0)
-            # The rows of a part that isn't missing were cached, and are damaged.
-            stems = compute(rows, next(pixels if is_missing else read_pixels(source, [rows])))
-            if cache is None:
-                yield stems
-                continue
-            cached = cache.write(rows, view, torch.stack(stems[0]))
+    missing = [rows for rows in parts if cache is None or not cache.contains(rows, view)]
+    pixels, unread = read_pixels(source, missing), {id(rows) for rows in missing}
+    for rows in parts:
+        stems = compute(rows, next(pixels)) if id(rows) in unread else []
+        if cache is None:
+            yield stems
+            continue
+        cached = cache.write(rows, view, torch.stack(stems[0])) if stems else cache.read(rows, view)
         after_attention, after_mlp = cached.to(device).float()
         yield [(after_attention, after_mlp)]
 
@@ -146,21 +137,6 @@ def read_pixels(source: PictureSource, parts: Sequence[torch.Tensor]) -> Iterato
     """The pixels of each part's rows, in one pass over the source. All parts but the last are equally long."""
     if parts:
         yield from shielded(source.iterate(torch.cat(list(parts)), max(len(rows) for rows in parts)))
-
-
-def open_cache(
-    folder: Path, clip: LoadedModel, encoder: AdaptedEncoder, source: PictureSource, config: TrainConfig, views: int
-) -> ActivationCache:
-    """The cache of the stem's outputs for the pictures of a source, by all that these depend on."""
-    key = {
-        "clip": clip.fingerprint,
-        "source": source.fingerprint,
-        "first_adapted_block": encoder.first,
-        "normalise": config.normalise,
-        "augment_seed": config.seed if config.augment else None,
-        "precision": config.precision,
-    }
-    return ActivationCache(folder, key, len(source.labels), views, (2, *encoder.stem_shape))
 
 
 class Normalise:

@@ -7,7 +7,7 @@ import time
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from iosr_fast.training.config import TrainConfig
-from iosr_fast.training.probe import Probe
+from iosr_fast.training.held_out import Overlap
 from iosr_fast.training.train import Progress as Step
 
 # The weight of the newest step in the displayed rate.
@@ -57,9 +57,9 @@ class TrainingBar:
             status=f"loss {step.loss:.2f}, {100 * step.accuracy:.0f}% {self.metric}, {self.rate:.0f} images/s",
         )
 
-    def epoch(self, epoch: int, plain: Probe, adapted: Probe) -> None:
+    def epoch(self, epoch: int, plain: Overlap, adapted: Overlap) -> None:
         self.say(
             f"epoch {epoch}: {adapted.pictures} held-out pictures of {adapted.classes} classes, plain -> adapted: "
-            f"overlap area {plain.overlap_area:.3f} -> {adapted.overlap_area:.3f}, AUROC {plain.auroc:.3f} -> "
-            f"{adapted.auroc:.3f}, linear probe {100 * plain.linear_probe:.1f}% -> {100 * adapted.linear_probe:.1f}%"
+            f"overlap area {plain.overlap_area:.3f} -> {adapted.overlap_area:.3f}, "
+            f"AUROC {plain.auroc:.3f} -> {adapted.auroc:.3f}"
         )

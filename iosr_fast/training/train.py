@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -31,9 +30,9 @@ from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Batches, MicroBatch, hash_seed, part_size
 from iosr_fast.training.checkpoints import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
 from iosr_fast.training.config import TrainConfig
+from iosr_fast.training.held_out import HeldOut, Overlap
 from iosr_fast.training.objectives import Dino, Stem, Supervised
 from iosr_fast.training.pictures import PictureSource
-from iosr_fast.training.probe import HeldOutEvaluator, Probe
 from iosr_fast.training.processes import Interrupt, check_same, in_first_process, make_fabric, on_device
 from iosr_fast.utils.require import require, require_installed
 
@@ -70,7 +69,7 @@ def train_adapter(
     report: Callable[[Progress], None] | None = None,
     *,
     held_out: PictureSource | None = None,
-    report_epoch: Callable[[int, Probe, Probe], None] | None = None,
+    report_epoch: Callable[[int, Overlap, Overlap], None] | None = None,
     checkpoint_minutes: float = 0.0,
     tensorboard: bool = False,
     fabric: Fabric | None = None,
@@ -81,10 +80,9 @@ def train_adapter(
     and returns `adapter` itself; with it training is self-supervised and returns the teacher's adapter.
 
     `folder` receives checkpoints (at the end of each epoch, and every `checkpoint_minutes` if above 0), the log (a
-    metrics.csv in log/version_N for each run, with `tensorboard` its events too), and the cached outputs of the frozen
-    blocks if `config.cached_views` is above 0. Training resumes from the newest whole checkpoint in it. Without a
-    folder nothing is written. `held_out` pictures are encoded after each epoch: their overlap and linear-probe
-    accuracy, plain and adapted, go to `report_epoch` as (epoch, plain, adapted).
+    metrics.csv in log/version_N for each run, with `tensorboard` its events too). Training resumes from the newest
+    whole checkpoint in it. Without a folder nothing is written. `held_out` pictures are encoded after each epoch: their
+    overlap, plain and adapted, goes to `report_epoch` as (epoch, plain, adapted).
 
     `fabric` has precision, devices and processes (default: `make_fabric`). All processes make the same call; the first
     one reports, writes and reads checkpoints.
@@ -115,13 +113,6 @@ def train_adapter(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(on_device(fabric.device, clip))
-        cache = None
-        if config.cached_views:
-            if folder is not None:
-                cache = folder / "activations" / str(fabric.node_rank)  # maps of one file differ between machines
-            else:
-                temporary = tempfile.TemporaryDirectory(prefix="iosr_fast-", ignore_cleanup_errors=True)
-                cache = Path(stack.enter_context(temporary))
         torch.manual_seed(config.seed)
         encoder = AdaptedEncoder(clip, adapter.config.first_adapted_block)
         objective: Supervised | Dino = (
@@ -133,10 +124,10 @@ def train_adapter(
         stepper = _Stepper(objective, config, fabric, steps_an_epoch)
         if checkpoints is not None:
             stepper.restore(in_first_process(fabric, checkpoints.latest))
-        batches = Batches(clip, encoder, source, config, objective, fabric, cache)
+        batches = Batches(clip, encoder, source, config, objective, fabric)
         evaluator, loggers = None, []
         if held_out is not None and fabric.is_global_zero:
-            evaluator = HeldOutEvaluator(clip, encoder, held_out, config, fabric, cache)
+            evaluator = HeldOut(clip, encoder, held_out, fabric)
         if folder is not None and fabric.is_global_zero:
             loggers = _make_loggers(folder, stepper.done, tensorboard)
             for logger in loggers:

@@ -137,7 +137,7 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes on cpu" in done.stdout and "linear probe" in done.stdout
+    assert "2 processes on cpu" in done.stdout and "overlap area" in done.stdout
 
     pair = Pair(arguments(folder, killed, "supervised"), tmp_path / "log.txt")
     pair.wait_for(killed, 3)  # the checkpoint of step 2 is written
