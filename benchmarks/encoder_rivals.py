@@ -23,6 +23,7 @@ from iosr_fast.backbones.adapter import Adapter, adapted_pass
 from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.backbones.plain_encoder import PlainEncoder
 from iosr_fast.backbones.two_pass import TwoPasses
+from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx import export_onnx
 
@@ -77,14 +78,7 @@ def in_torch(module: nn.Module, device: Device, compiled: bool = False) -> Embed
 def in_onnxruntime(files: Sequence[Path], threads: int) -> Embed:
     """One file or pass after the other. Idle threads of several sessions sleep: those of one would spin on the cores of
     the other."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    if len(files) > 1:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    sessions = [ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in files]
+    sessions = [open_session(path, threads, spinning=len(files) == 1) for path in files]
     return lambda pixels: tuple(rows for session in sessions for rows in session.run(None, {"pixels": pixels}))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from iosr_fast.delivery.fitted import FittedClassifier
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.onnxruntime import open_session
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.one_file.graph import Answers, Source, check_engine_graph, make_graph
 from iosr_fast.head.verdict import Abstention, judge
@@ -101,7 +102,7 @@ def _engine(fit: FittedClassifier) -> VerifiedFolder:
 def check_file(fit: FittedClassifier, content: bytes, abstention: Abstention, source: Source) -> None:
     """Raise ArithmeticError unless ONNX Runtime answers noise of several shapes as the library does on that runtime."""
     encoder = open_engine(_engine(fit), "onnxruntime", verify=False, adapted=fit.head.needs_adapted)
-    session = require("onnxruntime", "cpu").InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = open_session(content)
     names = [output.name for output in session.get_outputs()]
     rng = np.random.default_rng(0)
     for shape in _SHAPES if source == "picture" else _SHAPES[:1]:

@@ -30,15 +30,26 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         return tuple(self._session.run(list(self.outputs), {"pixels": pixels}))
 
 
-def open_session(file: Path, threads: int | None = None, runs: int = 1, *, fix: str = "build the engine again") -> Any:
-    """The InferenceSession of an ONNX file on the CPU, for `runs` calls at once, each by `threads`. Raises
-    UnavailableError, with how to `fix` it, for a file that ONNX Runtime can't load."""
+def open_session(
+    model: Path | bytes,
+    threads: int | None = None,
+    runs: int = 1,
+    *,
+    spinning: bool = True,
+    fix: str = "build the engine again",
+) -> Any:
+    """The InferenceSession of an ONNX file, or its bytes, on the CPU, for `runs` calls at once, each by `threads`, which
+    wait for work by `spinning` on their cores. Raises UnavailableError, with how to `fix` it, for a model that ONNX
+    Runtime can't load."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
     options.intra_op_num_threads = 0 if threads is None else runs * (threads - 1) + 1
     options.log_severity_level = 3
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        raise UnavailableError(f"ONNX Runtime can't load {file.name} in {file.parent}: {error}; {fix}") from error
+        what = f"{model.name} in {model.parent}" if isinstance(model, Path) else "the model"
+        raise UnavailableError(f"ONNX Runtime can't load {what}: {error}; {fix}") from error
