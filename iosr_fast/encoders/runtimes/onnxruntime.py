@@ -38,7 +38,7 @@ def open_session(
     spinning: bool = True,
     fix: str = "build the engine again",
 ) -> Any:
-    """The InferenceSession of an ONNX file, or its bytes, on the CPU, for `runs` calls at once, each by `threads`, which
+    """The InferenceSession of an ONNX file, or its bytes, on the CPU, for `runs` calls at once, each by `threads`. Those
     wait for work by `spinning` on their cores. Raises UnavailableError, with how to `fix` it, for a model that ONNX
     Runtime can't load."""
     ort = require("onnxruntime", "cpu")
