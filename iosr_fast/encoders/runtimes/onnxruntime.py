@@ -38,9 +38,9 @@ def open_session(
     spinning: bool = True,
     fix: str = "build the engine again",
 ) -> Any:
-    """The InferenceSession of an ONNX file, or its bytes, on the CPU, for `runs` calls at once, each by `threads`. Those
-    wait for work by `spinning` on their cores. Raises UnavailableError, with how to `fix` it, for a model that ONNX
-    Runtime can't load."""
+    """The InferenceSession of an ONNX file, or of its bytes, on the CPU: for `runs` calls at once, each by `threads`,
+    which wait for work by `spinning` on their cores. Raises UnavailableError, with how to `fix` it, for a model that
+    ONNX Runtime can't load."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
