@@ -35,7 +35,7 @@ from iosr_fast.utils.text import PrintableFormatter
 from tests import ROOT
 from tests.cli.runs import Terminal, refused
 
-TOOLS = ("benchmark", "load_test", "load_classifiers", "demo.bundle", "demo.run", "demo.train_clip")
+TOOLS = ("benchmark", "load_test", "demo.bundle", "demo.run", "demo.train_clip")
 
 
 def all_commands() -> Iterator[tuple[typer.Typer, list[str], Any]]:

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from tools.serving_load.client import Answer, steady_rps
+from tools.serving_load.client import Answer
+from tools.serving_load.contenders import Contender, Facts, Round
 
-Facts = dict[str, Any]
-Round = tuple[list[Answer], Facts]  # the answers of a measurement, and what was measured beside them
+COMPARED = {"p50": "p50_ms", "p99": "p99_ms", "rps": "ok_rps", "change": "change_p50_ms"}
+
+
+def make_rows(contenders: Sequence[Contender]) -> list[Facts]:
+    """A row for each measurement and contender, with the medians of the rounds' ratios to the last contender."""
+    rows = []
+    for case, share in contenders[0].rounds:
+        for each in contenders:
+            if not (rounds := each.rounds.get((case, share))):
+                continue
+            row: Facts = {"case": case, "load": share, "server": each.name, **row_of(rounds)}
+            row |= {"server_options": list(each.options), "commit": each.commit}
+            lone = row_of(each.rounds.get(("lone", None), []))
+            if share is not None and row["p99_ms"] and lone["p50_ms"]:
+                row["p99_of_lone"] = round(row["p99_ms"] / lone["p50_ms"], 2)
+            if case == "all" and row["p50_ms"] and lone["p50_ms"]:
+                row["of_one"] = round(row["p50_ms"] / lone["p50_ms"], 3)
+            theirs = contenders[-1].rounds.get((case, share), []) if each is not contenders[-1] else []
+            pairs = [(row_of([one]), row_of([other])) for one, other in zip(rounds, theirs, strict=False)]
+            for name, key in COMPARED.items():
+                if made := [one[key] / other[key] for one, other in pairs if one.get(key) and other.get(key)]:
+                    row[f"{name}_of_rival"] = round(median(made), 3)
+            rows.append({name: value for name, value in row.items() if value is not None})
+    return rows
 
 
 def percentile_ms(seconds: Sequence[float], q: float) -> float | None:
@@ -22,75 +45,48 @@ def percentile_ms(seconds: Sequence[float], q: float) -> float | None:
 
 
 def rps(answers: Sequence[Answer]) -> float | None:
-    """Good answers a second."""
-    done = [answer.done for answer in answers if answer.ok]
-    return round(steady_rps(done, min(done), max(done)), 2) if len(done) > 1 else None
+    """Good answers a second: the slope of their number over time, so that neither the wait for the first batch nor half
+    a batch at the end counts."""
+    done = np.sort([answer.done for answer in answers if answer.outcome == "ok"])
+    return round(float(np.polyfit(done - done[0], np.arange(len(done)), 1)[0]), 2) if len(done) > 1 else None
 
 
-def row_of(rounds: Sequence[Round], deadline_s: float) -> Facts:
-    """Counts and latencies of all rounds together: sent = ok + refused + errors.
+def row_of(rounds: Sequence[Round]) -> Facts:
+    """Counts and latencies of all rounds together: sent = ok + refused + errors. What was measured beside them is
+    summed where it is counts or lists, else the median.
 
-    `late` counts answers of 200 after their deadline, `wrong` those with another label than the classifier's own.
     Latencies count from when a request was due; `send_lag_p99_ms` is how late it was sent.
     """
     answers = list(chain.from_iterable(made for made, _ in rounds))
-    accepted = [answer.latency_s for answer in answers if answer.ok]
-    refused = [answer.latency_s for answer in answers if answer.refused]
-    kinds = Counter(answer.error for answer in answers if answer.error)
+    outcomes = Counter(answer.outcome for answer in answers)
+    latencies = [answer.latency_s for answer in answers if answer.outcome == "ok"]
+    ok, refused = outcomes.pop("ok", 0), outcomes.pop("refused", 0)
     return {
         "rounds": len(rounds),
         "sent": len(answers),
-        "ok": len(accepted),
-        "refused": len(refused),
-        "errors": sum(kinds.values()),
-        "late": sum(latency > deadline_s for latency in accepted),
+        "ok": ok,
+        "refused": refused,
+        "errors": outcomes.total(),
         "wrong": sum(answer.wrong for answer in answers),
-        "error_kinds": dict(kinds),
-        "p50_ms": percentile_ms(accepted, 50),
-        "p99_ms": percentile_ms(accepted, 99),
-        "max_ms": percentile_ms(accepted, 100),
-        "refusal_p99_ms": percentile_ms(refused, 99),
+        "error_kinds": dict(outcomes),
+        **{name: percentile_ms(latencies, q) for name, q in {"p50_ms": 50, "p99_ms": 99, "max_ms": 100}.items()},
+        "refusal_p99_ms": percentile_ms([answer.latency_s for answer in answers if answer.outcome == "refused"], 99),
         "send_lag_p99_ms": percentile_ms([answer.sent - answer.due for answer in answers], 99),
         "ok_rps": _merged([rps(made) for made, _ in rounds]),
-        **{name: _merged([facts[name] for _, facts in rounds]) for name in rounds[0][1]},
+        **{name: _merged([facts[name] for _, facts in rounds]) for _, beside in rounds[:1] for name in beside},
     }
 
 
 def _merged(values: Sequence[Any]) -> Any:
-    """Of several rounds: whether all are true, the sum of counts and of lists, the median of measurements."""
-    if None in values:
+    if not values or None in values:
         return None
-    if isinstance(values[0], bool):
-        return all(values)
-    if isinstance(values[0], int):
-        return sum(values)
-    if isinstance(values[0], list):
-        return list(chain.from_iterable(values))
-    return round(statistics.median(values), 3)
-
-
-def ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> Facts:
-    """{"p50_of_rival", ...}: the medians of the rounds' ratios, of what was measured in both."""
-    pairs = defaultdict(list)
-    for one, other in zip(map(_compared, ours), map(_compared, theirs), strict=False):
-        for name, value in one.items():
-            if value and other[name]:
-                pairs[f"{name}_of_rival"].append(value / other[name])
-    return {name: round(statistics.median(values), 3) for name, values in pairs.items()}
-
-
-def _compared(made: Round) -> dict[str, Any]:
-    answers, facts = made
-    latencies = [answer.latency_s for answer in answers if answer.ok]
-    p50, p99 = percentile_ms(latencies, 50), percentile_ms(latencies, 99)
-    return {"p50": p50, "p99": p99, "rps": rps(answers), "change": facts.get("change_p50_ms")}
+    return sum(values, type(values[0])()) if isinstance(values[0], int | list) else round(median(values), 3)
 
 
 def problems_of(row: Mapping[str, Any]) -> str:
     """What no row may have, in words; "" where it has none of it."""
-    counted = ["wrong", "errors", "torn", "changes_failed", *(["late", "refused"] if row.get("load", 0) < 1 else [])]
+    counted = ["wrong", "errors", "torn", "changes_failed", "changes_lost"]
+    counted += ["late", "refused"] if row.get("load", 0) < 1 else []
     found = [f"{name}: {row[name]}" for name in counted if row.get(name)]
-    if row.get("last_classes_as_told") is False:
-        found.append("not last_classes_as_told")
     label = " ".join(str(row[name]) for name in ("server", "case", "load") if name in row)
-    return f"{label}: {'; '.join(found)}; {row['error_kinds']}" if found else ""
+    return f"{label}: {'; '.join(found)}; {row['error_kinds'] or row.get('change_errors', '')}" if found else ""
