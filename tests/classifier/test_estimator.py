@@ -83,7 +83,7 @@ def test_parameters_and_data_are_checked_before_a_clip_is_opened(monkeypatch: py
         with pytest.raises(IosrFastError, match=message):
             Classifier("demo").fit(images, labels, NAMES, descriptions=texts)
     monkeypatch.undo()
-    monkeypatch.setattr(pretrained, "load", never)
+    monkeypatch.setattr(pretrained, "load_model", never)
     for long in ({"templates": ["x " * 90 + "{}"]}, {"model": "ViT-B-16-quickgelu", "templates": ["{} x" * 70]}):
         with pytest.raises(IosrFastError, match=r"at most 77 tokens, .* shorten the name, or the prompts \(templates="):
             Classifier(**{"model": "ViT-B-32", "pretrained": "openai"} | long).fit(images, labels, NAMES)
