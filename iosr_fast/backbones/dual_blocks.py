@@ -66,8 +66,7 @@ class Mlp(nn.Module):
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.c_fc(x)
         hidden = F.silu(self.c_gate(x)) * hidden if self.activation == "swiglu" else activate(hidden, self.activation)
-        projected: torch.Tensor = self.c_proj(self.ln_mlp(hidden))
-        return projected
+        return self.c_proj(self.ln_mlp(hidden))
 
 
 class Block(Mlp):
@@ -128,8 +127,7 @@ class Block(Mlp):
 
     def adapt(self, x: torch.Tensor) -> torch.Tensor:
         """scale * up_proj(relu(down_proj(x))) on the MLP's input; the scale is in up_proj's weights and bias."""
-        update: torch.Tensor = self.up_proj(torch.relu(self.down_proj(x)))
-        return update
+        return self.up_proj(torch.relu(self.down_proj(x)))
 
 
 class LastBlock(Block):
@@ -163,18 +161,6 @@ class LastBlock(Block):
         if isinstance(self.ln_attention, Norm):
             attended = attended + self.v_bias
         return x[:, 0] + self._project(attended)
-
-
-class AveragePool(nn.Module):
-    """The mean of the patches."""
-
-    def __init__(self, config: DualEncoderConfig) -> None:
-        super().__init__()
-        self.prefix = config.prefix
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, L, width) -> (N, width)."""
-        return x[:, self.prefix :].float().mean(1).to(x.dtype)
 
 
 class AttentionPool(Mlp):

@@ -30,10 +30,8 @@ require_installed("torch", "cpu")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from iosr_fast.backbones.dual_blocks import AttentionPool, AveragePool, Block, LastBlock, Mlp, Norm, activate  # noqa: E402
+from iosr_fast.backbones.dual_blocks import AttentionPool, Block, LastBlock, Mlp, Norm, activate  # noqa: E402
 from iosr_fast.backbones.dual_config import DualEncoderConfig  # noqa: E402
-
-POOLS = {"avg": AveragePool, "map": AttentionPool}
 
 
 class DualEncoder(nn.Module):
@@ -63,7 +61,7 @@ class DualEncoder(nn.Module):
             (last if i == config.blocks - 1 else Block)(config, adapted=i >= first) for i in range(config.blocks)
         )
         self.ln_post = Norm(width, eps=config.eps)
-        self.pool = None if config.pool == "cls" else POOLS[config.pool](config)
+        self.pool = AttentionPool(config) if config.pool == "map" else None
         self.proj = (
             nn.Linear(width, config.embedding_width, bias=config.proj_bias, dtype=dtype)
             if config.proj
@@ -137,13 +135,12 @@ class DualEncoder(nn.Module):
 
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
         """(N, L, width) -> (N, width), ln_post before or after the pool; LastBlock has left the CLS token alone."""
-        if self.pool is None:
-            pooled: torch.Tensor = self.ln_post(x)
-        elif self.shapes.norm_after_pool:
-            pooled = self.ln_post(self.pool(x))
-        else:
-            pooled = self.pool(self.ln_post(x))
-        return pooled
+        x = x if self.shapes.norm_after_pool else self.ln_post(x)
+        if self.pool is not None:
+            x = self.pool(x)
+        elif self.shapes.pool == "avg":
+            x = x[:, self.shapes.prefix :].float().mean(1).to(x.dtype)
+        return self.ln_post(x) if self.shapes.norm_after_pool else x
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Convolutions, prefix tokens, positions, ln_pre: (B, S, S, 3) uint8 -> (B, tokens, width)."""

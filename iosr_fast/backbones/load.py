@@ -137,14 +137,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedModel:
         name = name.replace("/", "-")
     with _quiet_open_clip():
         tokenizer = _tokenizer(name, config, needed=str(pretrained) != "none")
-        if str(pretrained) == "none":
-            model = _random_model(open_clip, name)
-        elif pretrained is None:
-            model = _model_of_its_own(open_clip, name)
-        elif str(pretrained) in open_clip.list_pretrained_tags_by_model(name):
-            model = _published_model(open_clip, name, str(pretrained))
-        else:
-            model = _model_from_file(open_clip, name, Path(pretrained))
+        model = _model(open_clip, name, None if pretrained is None else str(pretrained))
     model = model.float().eval().requires_grad_(False)
     preprocess = _preprocessing(open_clip, model, name, str(pretrained))
     geometry = Geometry.from_open_clip(preprocess)
@@ -200,62 +193,44 @@ def _tokenizer(name: str, config: dict[str, Any], needed: bool) -> Any:
     return unavailable
 
 
-def _random_model(open_clip: Any, name: str) -> Any:
-    torch = require("torch", "cpu")
-    if name.startswith(HUB):
-        name = f"{LOCAL}{own_folder(name)}"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+def _model(open_clip: Any, name: str, pretrained: str | None) -> Any:
+    """The model with its own weights (None), those of a tag or of a file, or random ones from a fixed seed ("none").
 
-
-def _published_model(open_clip: Any, name: str, tag: str) -> Any:
-    """The model with the weights of one of open_clip's tags."""
-    published = open_clip.get_pretrained_cfg(name, tag)
-    repository, _, file = published["hf_hub"].rpartition("/")
-    with downloading(name, f"the weights {tag!r}") as hub:
-        path = hub.weights(repository, file or "open_clip_pytorch_model.bin")
-        return open_clip.create_model(name, pretrained=str(path), force_quick_gelu=bool(published.get("quick_gelu")))
-
-
-def _model_of_its_own(open_clip: Any, name: str) -> Any:
-    """The model of a repository of the hub or of a folder. open_clip loads tensors only (weights_only)."""
-    folder = own_folder(name, weights=True)
+    open_clip reads tensors only (weights_only). An archive that OpenAI published implies QuickGELU.
+    """
+    torch, source = require("torch", "cpu"), name
+    if name.startswith((HUB, LOCAL)):
+        source = f"{LOCAL}{own_folder(name, weights=pretrained is None)}"
+    if pretrained == "none":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return open_clip.create_model(source, load_weights=False, pretrained_text=False)
+    path, quick = _weights(open_clip, name, source, pretrained)
+    archive = _published_archive(open_clip, name, path) if is_torchscript(path) else None
     try:
-        return open_clip.create_model(f"{LOCAL}{folder}", require_pretrained=True)
-    except Exception as error:  # what open_clip and torch raise depends on the file
-        first = str(error).strip().partition("\n")[0]
-        what = f"expected weights of the configuration of {name} in {find_weights(folder)}: {first}"
+        if archive is None:
+            file = str(path) if source == name else None  # which open_clip finds in the folder of a model of its own
+            return open_clip.create_model(source, pretrained=file, force_quick_gelu=quick, require_pretrained=True)
+        model = open_clip.create_model(name, force_quick_gelu=True)
+        state = torch.jit.load(archive, map_location="cpu").state_dict()
+        model.load_state_dict({key: value for key, value in state.items() if key not in NO_WEIGHTS})
+        return model
+    except Exception as error:  # what open_clip, torch and safetensors raise depends on the file
+        reason = " ".join(str(error).strip().split("\n")[:2])
+        what = f"expected weights of {name}, tensors by open_clip's names, in {path}: {reason:.300}"
         raise IosrFastError(what) from error
 
 
-def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
-    """The architecture `name` with the weights of a file. OpenAI's TorchScript archives imply QuickGELU."""
-    torch = require("torch", "cpu")
-    if path.suffix == ".safetensors":
-        try:
-            return open_clip.create_model(name, pretrained=str(path))
-        except Exception as error:  # safetensors' and torch's errors have no common base
-            first = " ".join(str(error).split("\n")[:2])
-            raise IosrFastError(f"expected weights of {name} in {path}: {first}") from error
-    if not is_torchscript(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state) if isinstance(state, dict) else None
-        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise IosrFastError(f"expected a state dict (names and tensors) in {path}")
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        model = open_clip.create_model(name)
-    else:
-        archive = _published_archive(open_clip, name, path)
-        state = dict(torch.jit.load(archive, map_location="cpu").state_dict())
-        for key in NO_WEIGHTS:
-            state.pop(key, None)
-        model = open_clip.create_model(name, force_quick_gelu=True)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise IosrFastError(f"expected weights of {name} in {path}: {str(error).splitlines()[1].strip()}") from error
-    return model
+def _weights(open_clip: Any, name: str, source: str, pretrained: str | None) -> tuple[Path, bool]:
+    """The file of weights, and whether they were trained with QuickGELU, if more is known than the model's name."""
+    if pretrained is None:
+        return find_weights(Path(source.removeprefix(LOCAL))), False
+    published = open_clip.get_pretrained_cfg(name, pretrained)
+    if not published:
+        return Path(pretrained), False
+    repository, _, file = published["hf_hub"].rpartition("/")
+    with downloading(name, f"the weights {pretrained!r}") as hub:
+        return hub.weights(repository, file or "open_clip_pytorch_model.bin"), bool(published.get("quick_gelu"))
 
 
 def _published_archive(open_clip: Any, name: str, path: Path) -> io.BytesIO:

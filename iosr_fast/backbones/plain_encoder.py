@@ -88,8 +88,7 @@ class AttentionPool(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding
         attended = _attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)
-        pooled: torch.Tensor = self.c_proj(attended[:, 0])
-        return pooled
+        return self.c_proj(attended[:, 0])
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from iosr_fast.backbones.image_models import image_model, is_image_model
 from iosr_fast.backbones.load import shapes_of
-from iosr_fast.backbones.models import DEMO_NAME, HUB, LOCAL, model_config, own_name
+from iosr_fast.backbones.models import model_config, own_name
 from iosr_fast.utils.require import require
 
 
@@ -45,11 +45,9 @@ def describe_model(name: str) -> ModelSupport:
         return ModelSupport(name, known.tags, family, size, known.width, dual=False, text=None)
     config = model_config(name)
     size, visual = config["vision_cfg"].get("image_size", 224), shapes_of(name, config)
-    own = not name.startswith((HUB, LOCAL)) and name not in ("demo", DEMO_NAME)
-    tags = require("open_clip", "cpu").list_pretrained_tags_by_model(own_name(name)) if own else []
     return ModelSupport(
         name=name,
-        tags=tuple(tags),
+        tags=tuple(require("open_clip", "cpu").list_pretrained_tags_by_model(own_name(name))),
         family=type(getattr(visual, "trunk", visual)).__name__,
         image_size=size if isinstance(size, int) else size[0],
         width=config["embed_dim"],

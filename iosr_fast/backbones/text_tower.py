@@ -106,8 +106,6 @@ def encode_tokens(clip: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
     end = end_token(clip)
     if end is None:
         model: Any = clip.model
-        whole: torch.Tensor = model.encode_text(tokens, normalize=True)
-        return whole
+        return model.encode_text(tokens, normalize=True)
     longest = max(int((tokens == end).int().argmax(1).max()) + 1, 2)
-    cut: torch.Tensor = TextTower(text_transformer(clip.model))(tokens[:, :longest])
-    return cut
+    return TextTower(text_transformer(clip.model))(tokens[:, :longest])

@@ -164,8 +164,7 @@ class VisionTower(ABC):
         x = self._patches(pixels)
         x = torch.cat([self._prefix_tokens().to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         x = x + self.positions(pixels.shape[-1] // self.patch_size).to(x.dtype)
-        normed: torch.Tensor = self.norm_pre(x)
-        return normed
+        return self.norm_pre(x)
 
     def positions(self, side: int) -> torch.Tensor:
         """Position embeddings (prefix + side**2, width), resampled bicubically if `side` is not the encoder's own."""

@@ -29,19 +29,16 @@ class OpenClipBlock(TowerBlock):
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         block = self.block
-        attended: torch.Tensor = x + block.ls_1(block.attention(block.ln_1(x)))
-        return attended
+        return x + block.ls_1(block.attention(block.ln_1(x)))
 
     def attend_cls(self, x: torch.Tensor) -> torch.Tensor:
         block, normed = self.block, self.block.ln_1(x)  # one query, all keys and values
         update = block.attn(normed[:, :1], normed, normed, need_weights=False)[0]
-        attended: torch.Tensor = x[:, :1] + block.ls_1(update)
-        return attended
+        return x[:, :1] + block.ls_1(update)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         block = self.block
-        update: torch.Tensor = block.ls_2(block.mlp(block.ln_2(x)))
-        return update
+        return block.ls_2(block.mlp(block.ln_2(x)))
 
     def parts(self) -> BlockParts:
         block, attn = self.block, self.block.attn
@@ -77,8 +74,7 @@ class OpenClipTower(VisionTower):
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         pooled, _ = self.visual._pool(x)
-        projected: torch.Tensor = pooled @ self.visual.proj if self.visual.proj is not None else pooled
-        return projected
+        return pooled @ self.visual.proj if self.visual.proj is not None else pooled
 
     def parts(self) -> TowerParts:
         visual = self.visual
@@ -126,17 +122,13 @@ class OpenClipTower(VisionTower):
         return visual
 
     def _embed_own_size(self, pixels: torch.Tensor) -> torch.Tensor:
-        embedded: torch.Tensor = self.visual._embeds(pixels)
-        return embedded
+        return self.visual._embeds(pixels)
 
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches: torch.Tensor = self.visual.conv1(pixels).flatten(2).transpose(1, 2)
-        return patches
+        return self.visual.conv1(pixels).flatten(2).transpose(1, 2)
 
     def _prefix_tokens(self) -> torch.Tensor:
-        token: torch.Tensor = self.visual.class_embedding[None]
-        return token
+        return self.visual.class_embedding[None]
 
     def _positions(self) -> torch.Tensor:
-        positions: torch.Tensor = self.visual.positional_embedding
-        return positions
+        return self.visual.positional_embedding

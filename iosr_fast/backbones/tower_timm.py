@@ -61,8 +61,7 @@ class TimmBlock(TowerBlock):
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         block = self.block
         update = block.norm2(block.mlp(x)) if self.post_norm else self._scale(2, block.mlp(block.norm2(x)))
-        dropped: torch.Tensor = block.drop_path2(update)
-        return dropped
+        return block.drop_path2(update)
 
     def parts(self) -> BlockParts:
         block, attn = self.block, self.block.attn
@@ -84,8 +83,7 @@ class TimmBlock(TowerBlock):
     def _gamma(self, branch: int) -> torch.Tensor | None:
         """LayerScale: a module ls1 in timm's Block, a parameter gamma_1 in Eva's."""
         scale = getattr(self.block, f"ls{branch}", None)
-        gamma: torch.Tensor | None = getattr(self.block, f"gamma_{branch}", getattr(scale, "gamma", None))
-        return gamma
+        return getattr(self.block, f"gamma_{branch}", getattr(scale, "gamma", None))
 
     def _scale(self, branch: int, x: torch.Tensor) -> torch.Tensor:
         gamma = self._gamma(branch)
@@ -115,8 +113,7 @@ class TimmTower(VisionTower):
             return None
         side = math.isqrt(tokens - self.prefix)
         if side == self.side:
-            own: torch.Tensor = rope.get_embed()
-            return own
+            return rope.get_embed()
         key = side, rope.bands.device, rope.pos_embed.dtype
         if key not in self._rotary:
             other = copy.deepcopy(rope)
@@ -125,8 +122,7 @@ class TimmTower(VisionTower):
         return self._rotary[key]
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        pooled: torch.Tensor = self.visual.head(self.trunk.forward_head(self.trunk.norm(x)))
-        return pooled
+        return self.visual.head(self.trunk.forward_head(self.trunk.norm(x)))
 
     def parts(self) -> TowerParts:
         trunk, positions = self.trunk, self._positions()
@@ -207,14 +203,12 @@ class TimmTower(VisionTower):
         trunk = self.trunk
         x = trunk._pos_embed(trunk.patch_embed(pixels))
         tokens = x[0] if isinstance(x, tuple) else trunk.patch_drop(x)  # Eva returns its rotary table too
-        embedded: torch.Tensor = trunk.norm_pre(tokens)
-        return embedded
+        return trunk.norm_pre(tokens)
 
     def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
         embed = self.trunk.patch_embed
         x = embed.backbone(pixels) if hasattr(embed, "backbone") else pixels
-        patches: torch.Tensor = getattr(embed, "norm", nn.Identity())(embed.proj(x).flatten(2).transpose(1, 2))
-        return patches
+        return getattr(embed, "norm", nn.Identity())(embed.proj(x).flatten(2).transpose(1, 2))
 
     def _prefix_tokens(self) -> torch.Tensor:
         tokens = [token[0] for token in (self.trunk.cls_token, self.trunk.reg_token) if token is not None]
@@ -228,5 +222,4 @@ class TimmTower(VisionTower):
             return zeros(self.tokens, self.width)
         if self.trunk.no_embed_class:
             return torch.cat([zeros(self.prefix, self.width), position[0]])
-        own: torch.Tensor = position[0]
-        return own
+        return position[0]

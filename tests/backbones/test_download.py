@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from iosr_fast.backbones import download
 from iosr_fast.backbones.download import downloading
 from iosr_fast.backbones.image_models import load_encoder
-from iosr_fast.backbones.load import DEMO_FOLDER, DEMO_NAME, load_clip
+from iosr_fast.backbones.load import DEMO_NAME, load_clip
+from tests.backbones.test_models import CONFIG
 
 Cache = Callable[[str], Path]
 
@@ -36,9 +37,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
     def files(repository: str) -> Path:
         folder, commit = tmp_path / f"models--{repository.replace('/', '--')}", "0123456789" * 4
-        (folder / "refs").mkdir(parents=True)
+        for path in (folder / "refs", folder / "snapshots" / commit):
+            path.mkdir(parents=True)
         (folder / "refs" / "main").write_text(commit)
-        (folder / "snapshots" / commit).mkdir(parents=True)
         return folder / "snapshots" / commit
 
     return files
@@ -50,7 +51,7 @@ def test_a_hub_that_does_not_answer_is_asked_once() -> None:
         hub.weights("owner/repository", "weights.bin")
     said = str(got.value)
     assert said.startswith("the weights of ViT can't be downloaded or read: 127.0.0.1 does not answer (")
-    assert "--pretrained FILE" in said and "\n" not in said
+    assert "--pretrained FILE" in said and "the model 'photographs'" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
@@ -70,11 +71,7 @@ def test_a_tag_is_loaded_with_its_preprocessing(file: str, cache: Cache, monkeyp
 
 def test_a_repository_of_the_hub_is_loaded_by_its_own_configuration(cache: Cache) -> None:
     folder, name = cache("owner/repository"), "hf-hub:owner/repository"
-    config = {
-        "model_cfg": json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()),
-        "preprocess_cfg": {"std": [0.5] * 3},
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(OSError, match=f"the weights of {name} can't be downloaded or read: 127.0.0.1 does not answer"):
         load_clip(name)
     assert load_clip(name, "none").name == name

@@ -97,7 +97,7 @@ def test_a_folder_is_loaded_by_its_own_configuration(folder: Path) -> None:
         (
             "open_clip_model.safetensors",
             {"weight": torch.zeros(2)},
-            "expected weights of the configuration",
+            "expected weights of local-dir:",
         ),
     ],
 )

@@ -31,8 +31,7 @@ class Pictures:
 def load_index() -> dict[str, Any]:
     """index.json: geometry of the sheets; source and licence of each style; name, words, split and styles of each
     concept."""
-    index: dict[str, Any] = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
-    return index
+    return json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
 
 
 def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
