@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from iosr_fast.cli.options import Model, Nested, Pretrained, option
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.sealed.outputs import check_writable
+from iosr_fast.utils.csv_text import read_rows
 from iosr_fast.utils.require import require_installed
 
 # DINO takes its random crops from pictures this much larger than the encoder's own size.
@@ -65,9 +66,7 @@ def train_adapter(
     from iosr_fast.backbones.load import load_clip, shapes_of
     from iosr_fast.backbones.models import check_model
     from iosr_fast.backbones.vision_tower import vision_tower
-    from iosr_fast.training.adapted_encoder import AdaptedEncoder
     from iosr_fast.training.config import PRESETS, read_settings
-    from iosr_fast.training.objectives import local_size
     from iosr_fast.training.pictures import demo_sources, file_sources
     from iosr_fast.training.processes import make_fabric
 
@@ -86,10 +85,8 @@ def train_adapter(
             f"expected settings of --objective {objective}, got those of another objective: training.dino"
         )
     adapter = init_adapter(clip, used.first_adapted_block, used.bottleneck, used.scale, seed=config.seed)
-    if config.dino is not None:
-        local_size(AdaptedEncoder(clip, used.first_adapted_block), config.dino)
-        if data != "demo":
-            geometry = replace(geometry, size=round(clip.image_size * DINO_MARGIN))
+    if config.dino is not None and data != "demo":
+        geometry = replace(geometry, size=round(clip.image_size * DINO_MARGIN))
 
     geometries = geometry, clip.geometry
     if data == "demo":
@@ -107,10 +104,12 @@ def of_given(options: dict[str, Any]) -> dict[str, Any]:
 def read_data(data: Path, nested: bool = False) -> tuple[list[Path], list[str]]:
     """The pictures and class names of a folder of class folders, or of a CSV of path and label (or of path alone)."""
     from iosr_fast.head.labelled_images import labelled_images
-    from iosr_fast.training.pictures import unlabelled_list
 
-    if data.suffix.lower() == ".csv" and data.is_file() and (listed := unlabelled_list(data)) is not None:
-        return listed, ["unlabelled"] * len(listed)
+    if data.suffix.lower() == ".csv" and data.is_file():
+        columns, rows = read_rows(data)
+        if "path" in columns and not {"label", "labels"} & set(columns):
+            listed = [data.parent / row["path"] for row in rows if row["path"]]
+            return listed, ["unlabelled"] * len(listed)
     paths, names, *_ = labelled_images(data, nested=nested)
     if any(isinstance(name, frozenset) for name in names):
         raise IosrFastError(f"expected one label a picture in {data}, got the column labels; add a column label")
@@ -174,8 +173,14 @@ def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric:
         f"{len(train.labels)} pictures of {len(train.class_names)} classes, {config.epochs} epochs, "
         f"{fabric.world_size} process{'es' * (fabric.world_size > 1)} on {fabric.device.type}, logs in {folder}/log"
     )
-    for note in sources.notes + ((f"{out} exists and is replaced when this training ends",) if out.exists() else ()):
+    for note in sources.notes:
         bar.say(note)
+    if out.exists():
+        bar.say(f"{out} exists and is replaced when this training ends")
+    if config.cached_views:
+        bar.say(
+            "an epoch whose view is not cached yet begins with the frozen blocks, on all pictures: no step ends then"
+        )
     options = {"checkpoint_minutes": settings.checkpoint_minutes, "tensorboard": settings.tensorboard, "fabric": fabric}
     measured = {"held_out": sources.held_out, "report_epoch": bar.epoch}
     try:
@@ -194,6 +199,5 @@ def run(out: Path, clip: Any, adapter: Any, settings: Any, sources: Any, fabric:
         save_adapter(trained, out)
     except (OSError, SafetensorError) as error:  # nothing is lost, because the last checkpoint holds the same
         raise OSError(f"can't write {out} ({error}); fix that, and the same command writes it at once") from error
-    for name in ("checkpoints", "activations"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     bar.say(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB) after {bar.seconds:.0f} s")

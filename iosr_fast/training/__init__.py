@@ -1,4 +1,4 @@
-"""Training of an adapter, and measurement of the overlap that it reduces; data/ has picture sources. Needs torch."""
+"""Training of an adapter, and measurement of the overlap that it reduces. Needs torch."""
 
 from iosr_fast.utils.require import require_installed
 

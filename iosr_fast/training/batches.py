@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +12,13 @@ import torch
 
 from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import draw_augmentation
 from iosr_fast.training.config import TrainConfig
 from iosr_fast.training.objectives import Dino, Stem, Supervised
 from iosr_fast.training.pictures import PictureSource
 from iosr_fast.training.processes import shielded
+from iosr_fast.utils.machine import usable_memory
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -66,8 +68,10 @@ def part_size(config: TrainConfig, world: int) -> int:
 class Batches:
     """Micro-batches of the stem's outputs with labels, in an order that depends only on the seed and the epoch.
 
-    With `config.cached_views` V the outputs are cached in memory: epochs 0 to V - 1 compute one view each, later ones
-    read them in turn. Outputs are rounded equally in both cases.
+    With `config.cached_views` V each process keeps the outputs for V views of each picture in memory, in float16.
+    Epochs 0 to V - 1 compute a view each, later ones read the views in turn. `prepare` computes them in parts that do
+    not depend on the epoch, so that a resumed training reads the same numbers as an uninterrupted one. Raises
+    ValueError if the views don't fit into the memory.
     """
 
     def __init__(
@@ -82,61 +86,65 @@ class Batches:
         self.encoder, self.source, self.config, self.objective = encoder, source, config, objective
         self.fabric, self.device = fabric, fabric.device
         self.normalise = Normalise(clip, config.normalise, self.device)
-        views = config.cached_views
-        self.cache = ActivationCache(len(source.labels), views, (2, *encoder.stem_shape)) if views else None
+        self.cached: dict[int, torch.Tensor] = {}  # by view: (N, 2, tokens, width), the stem's two outputs
+        shape = (len(source.labels), 2, *encoder.stem_shape)
+        needed = 2 * config.cached_views * math.prod(shape) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if needed > (there := usable_memory()):
+            raise IosrFastError(
+                f"expected memory for the cached views, {needed / 1e9:,.3f} GB, got a machine with {there / 1e9:,.3f} "
+                "GB; cache fewer views, or none"
+            )
+
+    def prepare(self, epoch: int) -> Iterator[None]:
+        """Cache the epoch's view of all pictures if there are to be cached views; yields after each shared part."""
+        count, fabric = len(self.source.labels), self.fabric
+        if not self.config.cached_views or (view := epoch % self.config.cached_views) in self.cached:
+            return
+        size, world = part_size(self.config, fabric.world_size), fabric.world_size
+        rows = torch.arange(-(-count // (size * world)) * size * world) % count  # equally many for each process
+        parts = list(rows.view(-1, world, size)[:, fabric.global_rank])
+        cached = torch.empty(count, 2, *self.encoder.stem_shape, dtype=torch.float16)
+        for i, (stem,) in enumerate(self._computed(parts, epoch, _generator(self.config.seed, -view - 1))):
+            rounded = torch.stack(stem, 1).half()
+            if not bool(rounded.isfinite().all()):
+                raise IosrFastError(
+                    "expected outputs of the stem that are finite in float16, got up to "
+                    f"{max(float(output.abs().max()) for output in stem):g}; train without cached views"
+                )
+            together = fabric.all_gather(rounded)
+            assert isinstance(together, torch.Tensor)
+            place = cached[i * size * world : (i + 1) * size * world]
+            place.copy_(together.reshape(-1, *place.shape[1:])[: len(place)])
+            yield
+        self.cached[view] = cached
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, list[Stem], torch.Tensor]]:
         """(micro-batch, the stem's outputs for each set of views, labels) from the epoch's step `first_step` on."""
-        count, seed = len(self.source.labels), self.config.seed
-        generator = _generator(seed, epoch)
-        order = torch.randperm(count, generator=generator)[first_step * self.config.batch :]
+        generator = _generator(self.config.seed, epoch)
+        order = torch.randperm(len(self.source.labels), generator=generator)[first_step * self.config.batch :]
         parts = split_steps(order, self.config, self.fabric.world_size, self.fabric.global_rank)
-        view = epoch % max(1, self.config.cached_views)
-        if self.cache is not None:
-            generator = _generator(seed, -view - 1)
-        drawn = draw_augmentation(count, generator) if self.config.augment else None
-
-        def compute(rows: torch.Tensor, pixels: torch.Tensor) -> list[Stem]:
-            images = pixels.to(self.device).float() / 255
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(hash_seed(seed, epoch, int(rows[0])))
-                views = self.objective.views(images, None if drawn is None else drawn[rows])
-            with self.fabric.autocast():
-                return [self.encoder.stem(self.normalise(batch)) for batch in views]
-
-        stems = read_stems(self.source, [part.rows for part in parts], compute, self.cache, view, self.device)
+        rows = [part.rows for part in parts]
+        stems = self._read(rows, epoch) if self.config.cached_views else self._computed(rows, epoch, generator)
         for part, outputs in zip(parts, stems, strict=True):
             yield part, outputs, self.source.labels[part.rows].to(self.device)
 
+    def _read(self, parts: Sequence[torch.Tensor], epoch: int) -> Iterator[list[Stem]]:
+        cached = self.cached[epoch % self.config.cached_views]
+        for rows in parts:
+            after_attention, after_mlp = cached[rows].to(self.device).float().unbind(1)
+            yield [(after_attention, after_mlp)]
 
-def read_stems(
-    source: PictureSource,
-    parts: Sequence[torch.Tensor],
-    compute: Callable[[torch.Tensor, torch.Tensor], list[Stem]],
-    cache: ActivationCache | None,
-    view: int,
-    device: torch.device,
-) -> Iterator[list[Stem]]:
-    """The stem's outputs of each part's rows: computed from the pixels, or read from the cache where they are there.
-
-    All parts but the last are equally long.
-    """
-    missing = [rows for rows in parts if cache is None or not cache.contains(rows, view)]
-    pixels, unread = read_pixels(source, missing), {id(rows) for rows in missing}
-    for rows in parts:
-        stems = compute(rows, next(pixels)) if id(rows) in unread else []
-        if cache is None:
-            yield stems
-            continue
-        cached = cache.write(rows, view, torch.stack(stems[0])) if stems else cache.read(rows, view)
-        after_attention, after_mlp = cached.to(device).float()
-        yield [(after_attention, after_mlp)]
-
-
-def read_pixels(source: PictureSource, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The pixels of each part's rows, in one pass over the source. All parts but the last are equally long."""
-    if parts:
-        yield from shielded(source.iterate(torch.cat(list(parts)), max(len(rows) for rows in parts)))
+    def _computed(self, parts: Sequence[torch.Tensor], epoch: int, generator: torch.Generator) -> Iterator[list[Stem]]:
+        """The outputs for each part's rows, in one pass over the source. All parts but the last are equally long."""
+        drawn = draw_augmentation(len(self.source.labels), generator) if self.config.augment else None
+        pixels = self.source.iterate(torch.cat(list(parts)), len(parts[0])) if parts else iter(())
+        for rows, part in zip(parts, shielded(pixels), strict=True):
+            images = part.to(self.device).float() / 255
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(hash_seed(self.config.seed, epoch, int(rows[0])))
+                views = self.objective.views(images, None if drawn is None else drawn[rows])
+            with self.fabric.autocast():
+                yield [self.encoder.stem(self.normalise(batch)) for batch in views]
 
 
 class Normalise:

@@ -68,8 +68,8 @@ class TrainConfig:
     `learning_rate`: with DINO it applies to a batch of 256 and is scaled by batch / 256, as its authors do.
     `normalise`: subtract CLIP's mean and divide by its std during training too. The paper's public code does so at
     inference only.
-    `cached_views`: compute the frozen part once for this number of (augmented) views of each picture and cache it in
-    memory, in float16; 0 computes it each time, with new augmentations in every epoch.
+    `cached_views`: compute the frozen part once for this number of (augmented) views of each picture and keep it in
+    memory, in float16; 0 computes it each time (new augmentations in every epoch).
     `clip_grad`: largest norm of the gradient; 0 does not clip.
     """
 

@@ -17,7 +17,6 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import decode_pixels, to_pixels
-from iosr_fast.utils.csv_text import read_rows
 
 if TYPE_CHECKING:
     from iosr_fast.backbones.demo.pictures import Pictures
@@ -135,21 +134,6 @@ def _stack(pictures: list[torch.Tensor | _Bad]) -> torch.Tensor | _Bad:
     return bad[0] if bad else torch.stack([picture for picture in pictures if isinstance(picture, torch.Tensor)])
 
 
-class SubsetPictures:
-    """The `rows` (K,) int64 of another source, in that order, as a source of their own with the same class names."""
-
-    def __init__(self, source: PictureSource, rows: torch.Tensor) -> None:
-        self.source, self.rows = source, rows
-        self.labels, self.class_names = source.labels[rows], source.class_names
-
-    @property
-    def fingerprint(self) -> str:
-        return digest((self.source.fingerprint, self.rows.numpy()))
-
-    def iterate(self, rows: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
-        return self.source.iterate(self.rows[rows], batch)
-
-
 @dataclass(frozen=True)
 class Sources:
     """`held_out` (at the encoder's size) shares no picture with `train`; `notes` are for the terminal."""
@@ -200,22 +184,11 @@ def file_sources(
     return Sources(pictures(everything, geometry), None, notes)
 
 
-def unlabelled_list(file: Path) -> list[Path] | None:
-    """The paths that a CSV file lists, relative to its folder, or None if it has labels or no column `path`."""
-    columns, rows = read_rows(file)
-    if "path" not in columns or {"label", "labels"} & set(columns):
-        return None
-    return [file.parent / row["path"] for row in rows if row["path"]]
-
-
 def split(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (to train on, held out): `share` of each class held out at random, at least two of it and at most half.
 
-    Measures of pairs need two. A class of fewer than four pictures stays in training. Raises ValueError unless
-    0 < share < 1.
+    Measures of pairs need two. A class of fewer than four pictures stays in training.
     """
-    if not 0 < share < 1:
-        raise IosrFastError(f"expected a share between 0 and 1 (both excluded), got {share}")
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), bool)
     by_class = np.argsort(labels.numpy(), kind="stable")

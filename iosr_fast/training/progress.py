@@ -7,8 +7,7 @@ import time
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from iosr_fast.training.config import TrainConfig
-from iosr_fast.training.held_out import Overlap
-from iosr_fast.training.train import Progress as Step
+from iosr_fast.training.train import StepReport
 
 # The weight of the newest step in the displayed rate.
 SMOOTHING = 0.1
@@ -47,7 +46,7 @@ class TrainingBar:
         if self.shown:
             self.bar.console.print(message, soft_wrap=True, highlight=False)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: StepReport) -> None:
         now = step.pictures / step.seconds
         self.rate = now if self.rate is None else (1 - SMOOTHING) * self.rate + SMOOTHING * now
         self.bar.update(
@@ -57,9 +56,5 @@ class TrainingBar:
             status=f"loss {step.loss:.2f}, {100 * step.accuracy:.0f}% {self.metric}, {self.rate:.0f} images/s",
         )
 
-    def epoch(self, epoch: int, plain: Overlap, adapted: Overlap) -> None:
-        self.say(
-            f"epoch {epoch}: {adapted.pictures} held-out pictures of {adapted.classes} classes, plain -> adapted: "
-            f"overlap area {plain.overlap_area:.3f} -> {adapted.overlap_area:.3f}, "
-            f"AUROC {plain.auroc:.3f} -> {adapted.auroc:.3f}"
-        )
+    def epoch(self, epoch: int, plain: float, adapted: float) -> None:
+        self.say(f"epoch {epoch}: overlap of held-out pictures {plain:.3f} plain, {adapted:.3f} adapted")

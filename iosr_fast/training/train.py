@@ -30,8 +30,8 @@ from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Batches, MicroBatch, hash_seed, part_size
 from iosr_fast.training.checkpoints import Checkpoint, Checkpoints, flatten_optimizer, restore_optimizer
 from iosr_fast.training.config import TrainConfig
-from iosr_fast.training.held_out import HeldOut, Overlap
 from iosr_fast.training.objectives import Dino, Stem, Supervised
+from iosr_fast.training.overlap import HeldOutOverlap
 from iosr_fast.training.pictures import PictureSource
 from iosr_fast.training.processes import Interrupt, check_same, in_first_process, make_fabric, on_device
 from iosr_fast.utils.require import require, require_installed
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepReport:
     """The report after each step. Epochs and steps count from 1; `loss`, `accuracy` and `pictures` are of this step.
 
     With DINO `accuracy` is the share of pictures for which the student, on the second crop, and the teacher, on the
@@ -66,10 +66,10 @@ def train_adapter(
     source: PictureSource,
     config: TrainConfig,
     folder: Path | None = None,
-    report: Callable[[Progress], None] | None = None,
+    report: Callable[[StepReport], None] | None = None,
     *,
     held_out: PictureSource | None = None,
-    report_epoch: Callable[[int, Overlap, Overlap], None] | None = None,
+    report_epoch: Callable[[int, float, float], None] | None = None,
     checkpoint_minutes: float = 0.0,
     tensorboard: bool = False,
     fabric: Fabric | None = None,
@@ -79,18 +79,19 @@ def train_adapter(
     Without `config.dino` training is supervised (cross entropy of a linear head on the un-normalised adapted embedding)
     and returns `adapter` itself; with it training is self-supervised and returns the teacher's adapter.
 
-    `folder` receives checkpoints (at the end of each epoch, and every `checkpoint_minutes` if above 0), the log (a
-    metrics.csv in log/version_N for each run, with `tensorboard` its events too). Training resumes from the newest
-    whole checkpoint in it. Without a folder nothing is written. `held_out` pictures are encoded after each epoch: their
-    overlap, plain and adapted, goes to `report_epoch` as (epoch, plain, adapted).
+    `folder` receives checkpoints (at the end of each epoch, and every `checkpoint_minutes` if above 0) and the log: a
+    metrics.csv in log/version_N for each run, with `tensorboard` its events too. Training resumes from the newest whole
+    checkpoint in it. Without a folder nothing is written. `held_out` pictures are encoded after each epoch: the areas
+    by which their embeddings overlap, plain and adapted, go to `report_epoch` as (epoch, plain, adapted) and into the
+    log.
 
     `fabric` has precision, devices and processes (default: `make_fabric`). All processes make the same call; the first
     one reports, writes and reads checkpoints.
 
     Raises ValueError for an adapter of another CLIP, fewer than two classes (supervised), a batch that the processes
-    can't share, a process with other pictures or another config, or checkpoints of another training; KeyboardInterrupt
-    after SIGINT or SIGTERM, once the current step is done and saved; OSError if the disk is full, with earlier
-    checkpoints untouched.
+    can't share, cached views that don't fit into memory, a process with other pictures or another config, or
+    checkpoints of another training; KeyboardInterrupt after SIGINT or SIGTERM, once the current step is done and saved;
+    OSError if the disk is full, with earlier checkpoints untouched.
     """
     check_belongs(adapter, clip)
     classes = len(source.class_names)
@@ -125,9 +126,9 @@ def train_adapter(
         if checkpoints is not None:
             stepper.restore(in_first_process(fabric, checkpoints.latest))
         batches = Batches(clip, encoder, source, config, objective, fabric)
-        evaluator, loggers = None, []
-        if held_out is not None and fabric.is_global_zero:
-            evaluator = HeldOut(clip, encoder, held_out, fabric)
+        overlap, loggers = None, []
+        if held_out is not None and fabric.is_global_zero and stepper.done < stepper.total:
+            overlap = HeldOutOverlap(clip, encoder, held_out, fabric)
         if folder is not None and fabric.is_global_zero:
             loggers = _make_loggers(folder, stepper.done, tensorboard)
             for logger in loggers:
@@ -139,6 +140,9 @@ def train_adapter(
             objective.begin_epoch(epoch)
             stepper.module.train()
             first = stepper.done % steps_an_epoch
+            for _ in batches.prepare(epoch):  # all steps so far are saved
+                if any(stepper.any_process(interrupt.requested)):
+                    raise stepper.stopped()
             micro_batches = batches.epoch(epoch, first)
             for step in range(first + 1, steps_an_epoch + 1):
                 started = time.perf_counter()
@@ -150,12 +154,12 @@ def train_adapter(
                 # Report: to the caller, and after an epoch what held-out pictures say; then to the log.
                 values = {"epoch": epoch + 1, "loss": loss, objective.metric: accuracy, "learning_rate": rate}
                 if report is not None and fabric.is_global_zero:
-                    report(Progress(epoch + 1, step, steps_an_epoch, loss, accuracy, rate, pictures, seconds))
-                if step == steps_an_epoch and evaluator is not None:
-                    plain, adapted = evaluator.measure(objective.result())
-                    values |= {**plain.measures("plain"), **adapted.measures("adapted")}
+                    report(StepReport(epoch + 1, step, steps_an_epoch, loss, accuracy, rate, pictures, seconds))
+                if step == steps_an_epoch and overlap is not None:
+                    adapted = overlap.measure(objective.result())
+                    values |= {"plain_overlap_area": overlap.plain, "adapted_overlap_area": adapted}
                     if report_epoch is not None:
-                        report_epoch(epoch + 1, plain, adapted)
+                        report_epoch(epoch + 1, overlap.plain, adapted)
                 for logger in loggers:
                     logger.log_metrics(values, stepper.done)
                 # Checkpoint: after the log, so that a resumed training lacks no line.
@@ -163,7 +167,7 @@ def train_adapter(
                     in_first_process(fabric, partial(checkpoints.save, *stepper.state()))
                     saved = time.monotonic()
                 if stop:
-                    raise KeyboardInterrupt(f"stopped after step {stepper.done} of {stepper.total}")
+                    raise stepper.stopped()
         trained = objective.result().to("cpu")
     facts = {**asdict(config), "pictures": len(source.labels), "classes": classes}
     trained.config = replace(adapter.config, training=facts)
@@ -212,6 +216,9 @@ class _Stepper:
     def any_process(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set in any process."""
         return (self._sum(torch.tensor(flags, dtype=torch.float32, device=self.fabric.device)) > 0).tolist()
+
+    def stopped(self) -> KeyboardInterrupt:
+        return KeyboardInterrupt(f"stopped after step {self.done} of {self.total}")
 
     def state(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
         """The arguments of `Checkpoints.save`."""

@@ -23,8 +23,8 @@ from iosr_fast.sealed.folders import new_folder
 from iosr_fast.sealed.manifest import write_manifest
 from iosr_fast.store.bundle import Bundle, load
 from tests.cli.runs import Terminal, done, main, never, refused, run
+from tests.full_disk import largest_file
 from tests.store.live_parts import engine_folder, pixel_clip, small_classifier, text_embedding
-from tests.training.small import largest_file
 
 
 @pytest.fixture

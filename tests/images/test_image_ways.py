@@ -127,7 +127,7 @@ def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:
         batching.submit(torch.rand(3, 8, 8)).result(PATIENCE_S)
 
 
-def test_cached_activations_depend_on_the_rules_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_depends_on_the_rules_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from iosr_fast.training import pictures

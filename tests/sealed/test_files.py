@@ -23,8 +23,8 @@ from iosr_fast.sealed.files import in_cache, new_file, remove_leftovers
 from iosr_fast.sealed.folders import check_new_folder, new_folder
 from iosr_fast.sealed.manifest import read_manifest, write_manifest
 from iosr_fast.sealed.verified_folder import VerifiedFolder
+from tests.full_disk import largest_file
 from tests.store.manifests import rewrite_manifest
-from tests.training.small import largest_file
 
 KILLED = """
 import os, signal

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +48,3 @@ def logged(folder: Path) -> list[dict[str, str]]:
         with path.open(newline="") as file:
             rows |= {int(row["step"]): row for row in csv.DictReader(file)}
     return [rows[step] for step in sorted(rows)]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes fails in this process, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

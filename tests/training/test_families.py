@@ -77,15 +77,16 @@ def test_one_step_is_that_of_the_literal_pass(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dino_trains_on_crops_of_another_size(family: str) -> None:
+def test_dino_trains_the_adapter_alone_on_crops_of_another_size(family: str) -> None:
     clip = family_clip(family)
     size = 2 * AdaptedEncoder(clip, 1).patch_size
     dino = DinoConfig(out_dim=8, hidden=16, head_bottleneck=8, local_crops=2, local_size=size, momentum=0.5)
-    losses: list[float] = []
-    before = weights(random_adapter(clip, 1)).clone()
+    adapter, losses = adapter_without_dropout(clip), list[float]()
+    before = {name: value.clone() for name, value in clip.model.visual.state_dict().items()}
     config = replace(STEP, epochs=2, dino=dino)  # the teacher, which is the result, stays at the last step
-    after = train_adapter(
-        clip, adapter_without_dropout(clip), pictures(clip), config, report=lambda step: losses.append(step.loss)
-    )
-    assert len(losses) == 2 and min(losses) > 0 and bool(weights(after).isfinite().all())
-    assert not torch.equal(weights(after), before)
+    source = TensorPictures(pictures(clip).images, torch.zeros(6, dtype=torch.int64), ["one class is enough"])
+    trained = train_adapter(clip, adapter, source, config, report=lambda step: losses.append(step.loss))
+    assert len(losses) == 2 and min(losses) > 0 and bool(weights(trained).isfinite().all())
+    assert trained is not adapter and trained.config.training["dino"]["out_dim"] == 8
+    assert len({weights(one).sum().item() for one in (trained, adapter, adapter_without_dropout(clip))}) == 3
+    assert all(torch.equal(value, before[name]) for name, value in clip.model.visual.state_dict().items())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iosr_fast.training.held_out import Overlap, chosen_rows, overlap
-from iosr_fast.training.overlap import overlap_area, pair_cosines
+from iosr_fast.training.overlap import _chosen, overlap_area, pair_cosines
 from iosr_fast.utils.ranking import auroc
 from tests.conftest import unit_rows
 
@@ -33,14 +32,11 @@ def test_overlap_area_of_known_densities(rng: np.random.Generator) -> None:
     assert auroc(high, low) == pytest.approx(1.0) and auroc(low, low) == pytest.approx(0.5)
 
 
-def test_held_out_pictures_are_drawn_evenly_by_their_labels_alone() -> None:
-    labels = np.repeat(np.arange(7), [1, 2, 5, 3000, 900, 800, 1])
-    rows = chosen_rows(labels)
-    counts = np.bincount(labels[rows], minlength=7)
-    assert counts.sum() == 2000 and counts[[0, 6]].tolist() == [0, 0] and counts[[1, 2]].tolist() == [2, 5]
-    assert np.ptp(counts[3:6]) <= 2 and (np.diff(rows) > 0).all()
-    many = chosen_rows(np.arange(4500) % 1500)
-    assert (np.bincount(many % 1500) == 2).sum() == 1000, "each that is taken has a pair"
-    assert overlap(7 * np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])) == Overlap(0.0, 1.0, 4, 2), "of any length"
-    with pytest.raises(ValueError, match=r"two classes, two of each.* got 4 pictures, 1 classes with two"):
-        chosen_rows(np.array([0, 0, 1, 2]))
+def test_many_pictures_are_drawn_evenly() -> None:
+    sizes = np.array([1, 2, 5, 3000, 900, 800, 1])
+    labels = np.repeat(np.arange(10, 10 + len(sizes)), sizes)
+    rows = _chosen(labels)
+    assert np.bincount(labels[rows])[10:].tolist() == np.minimum(sizes, 2000 // 7).tolist()
+    assert np.unique(rows).size == rows.size and np.array_equal(rows, _chosen(labels))
+    many = np.arange(4500) % 1500
+    assert np.unique(many[_chosen(many)], return_counts=True)[1].tolist() == [2] * 1000

@@ -14,15 +14,7 @@ from iosr_fast.cli.train_adapter import read_data
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import to_pixels
-from iosr_fast.training.pictures import (
-    FilePictures,
-    PictureSource,
-    Sources,
-    SubsetPictures,
-    TensorPictures,
-    file_sources,
-    split,
-)
+from iosr_fast.training.pictures import FilePictures, PictureSource, Sources, TensorPictures, file_sources, split
 
 GEOMETRY = Geometry(8)
 
@@ -106,20 +98,15 @@ def test_fingerprint_of_files_changes_with_what_is_in_them(folder: Path) -> None
 
 
 def test_fingerprint_of_tensors_is_their_content() -> None:
-    images = torch.randint(0, 255, (6, 3, 8, 8), dtype=torch.uint8)
-    labels = torch.arange(6) % 2
-    first = TensorPictures(images, labels, ["a", "b"]).fingerprint
-    assert TensorPictures(images.clone(), labels.clone(), ["a", "b"]).fingerprint == first
-    changed = images.clone()
-    changed[5, 2, 7, 7] += 1
+    images, labels, names = torch.arange(6 * 3 * 8 * 8).reshape(6, 3, 8, 8).byte(), torch.arange(6) % 2, ["a", "b"]
     others = [
-        (changed, labels),
-        (images.flip(0), labels),
-        (images, labels.flip(0)),
-        (images.reshape(6, 3, 4, 16), labels),
+        (images.flip(0), labels, names),
+        (images.reshape(6, 3, 4, 16), labels, names),
+        (images, labels.flip(0), names),
+        (images, labels, ["ab", ""]),
     ]
-    prints = [TensorPictures(*other, ["a", "b"]).fingerprint for other in others]
-    assert len({first, *prints, TensorPictures(images, labels, ["ab", ""]).fingerprint}) == 6
+    prints = {TensorPictures(*each).fingerprint for each in ((images, labels, names), *others)}
+    assert len(prints) == 5 and TensorPictures(images.clone(), labels.clone(), names).fingerprint in prints
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -131,20 +118,11 @@ def test_an_unreadable_picture_is_named_from_a_worker_too(folder: Path, workers:
     assert caught.value.path == bad and str(bad) in str(caught.value)
 
 
-def test_a_subset_is_a_source_of_its_own(folder: Path) -> None:
-    whole = opened(folder).train
-    rows = torch.tensor([7, 0, 3])
-    part = SubsetPictures(whole, rows)
-    assert part.labels.tolist() == [2, 0, 0] and part.class_names == whole.class_names
-    assert torch.equal(everything(part), everything(whole)[rows])
-    assert len({whole.fingerprint, part.fingerprint, SubsetPictures(whole, rows.flip(0)).fingerprint}) == 3
-
-
 def test_held_out_pictures_have_the_encoders_size_and_are_not_trained_on(folder: Path) -> None:
     sources = opened(folder, share=0.4, size=9)
     train, held_out = sources.train, sources.held_out
     assert isinstance(train, FilePictures) and isinstance(held_out, FilePictures)
-    assert len({*train.paths, *held_out.paths}) == 10 == len(train.paths) + len(held_out.paths)
+    assert not {*train.paths} & {*held_out.paths}
     assert everything(held_out).shape[-1] == 9 and everything(train).shape[-1] == 8
     for place in sorted((folder / "Ärger").iterdir())[:2]:
         place.unlink()
@@ -162,6 +140,3 @@ def test_a_split_holds_out_a_share_of_every_class() -> None:
     assert any(not torch.equal(held, split(labels, 0.4, seed=seed)[1]) for seed in range(1, 5))
     assert labels[split(labels, 0.001, seed=0)[1]].bincount(minlength=3).tolist() == [2, 0, 2], "at least two"
     assert labels[split(labels, 0.999, seed=0)[0]].bincount(minlength=3).tolist() == [2, 1, 3], "at most half"
-    for share in (0.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="expected a share between 0 and 1"):
-            split(labels, share, 0)

@@ -21,7 +21,7 @@ from iosr_fast.training.processes import check_same, in_first_process
 from tests import ROOT
 from tests.cli import runs
 from tests.forked import FORKED
-from tests.training.small import logged, write_folder
+from tests.training.small import logged, weights, write_folder
 from tests.waiting import wait_until
 
 SETTINGS: dict[str, Any] = {
@@ -64,14 +64,6 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     command.run(train_adapter)
 
 
-def group_lives(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 class Pair:
     """Two processes of one training, forked from a server that has imported torch once."""
 
@@ -86,23 +78,16 @@ class Pair:
 
     def wait_for(self, out: Path, steps: int) -> None:
         """Until so many steps are logged."""
-        logs = folder_of(out).glob
 
-        def has_steps() -> bool:
-            enough = sum(path.read_bytes().count(b"\n") - 1 for path in logs("log/*/metrics.csv")) >= steps
-            assert enough or all(process.is_alive() for process in self.ranks), self.log.read_text()[-3000:]
-            return enough
+        def logged() -> int:
+            return sum(path.read_bytes().count(b"\n") - 1 for path in folder_of(out).glob("log/*/metrics.csv"))
 
-        wait_until(has_steps, 120, self.log)
+        wait_until(lambda: logged() >= steps or not all(process.is_alive() for process in self.ranks), 120)
+        assert logged() >= steps, self.log.read_text()[-3000:]
 
     def signal(self, number: signal.Signals) -> None:
         for process in self.ranks:
-            assert process.pid is not None
             os.kill(process.pid, number)
-
-    def wait_until_groups_are_gone(self) -> None:
-        for process in self.ranks:
-            wait_until(lambda pid=process.pid: not group_lives(pid), 20, "no process outlives the training")
 
     def exit_codes(self) -> list[int | None]:
         for process in self.ranks:
@@ -111,8 +96,12 @@ class Pair:
         return [process.exitcode for process in self.ranks]
 
 
-def weights(path: Path) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in load_adapter(path).parameters()])
+def group_lives(leader: Any) -> bool:
+    try:
+        os.killpg(leader.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def folder_of(out: Path) -> Path:
@@ -124,7 +113,7 @@ def log_of(out: Path) -> list[dict[str, str]]:
 
 
 def assert_same_training(one: Path, other: Path) -> None:
-    assert torch.equal(weights(one), weights(other))
+    assert torch.equal(weights(load_adapter(one)), weights(load_adapter(other)))
     assert log_of(one) == log_of(other)
 
 
@@ -137,7 +126,7 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes on cpu" in done.stdout and "overlap area" in done.stdout
+    assert "2 processes on cpu" in done.stdout and "overlap of held-out pictures" in done.stdout
 
     pair = Pair(arguments(folder, killed, "supervised"), tmp_path / "log.txt")
     pair.wait_for(killed, 3)  # the checkpoint of step 2 is written
@@ -161,7 +150,7 @@ def test_a_pair_that_is_stopped_saves_the_same_step_and_resumes_exactly(folder: 
     pair.wait_for(stopped, 2)
     pair.signal(signal.SIGINT)
     assert pair.exit_codes() == [130, 130]
-    pair.wait_until_groups_are_gone()  # with the processes that decode
+    wait_until(lambda: not any(map(group_lives, pair.ranks)), 20, "no process that decodes outlives the training")
     match = re.search(r"stopped after step (\d+) of 6", pair.log.read_text())
     assert match is not None, pair.log.read_text()[-3000:]
     step = int(match[1])

@@ -16,10 +16,12 @@ import torch
 
 from iosr_fast.backbones.load import LoadedModel
 from iosr_fast.cli.train_adapter import read_data
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.config import DinoConfig, TrainConfig, dino_config
 from iosr_fast.training.pictures import TensorPictures, file_sources
-from iosr_fast.training.train import Progress, train_adapter
-from tests.training.small import fresh, largest_file, logged, weights, write_folder
+from iosr_fast.training.train import StepReport, train_adapter
+from tests.full_disk import largest_file
+from tests.training.small import fresh, logged, weights, write_folder
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +59,8 @@ class Stopped(Exception):
     pass
 
 
-def stop_at(*when: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
+def stop_at(*when: int) -> Callable[[StepReport], None]:
+    def report(progress: StepReport) -> None:
         if (progress.epoch, progress.step) == when:
             raise Stopped
 
@@ -96,37 +98,31 @@ def test_tensorboard_shows_a_resumed_training_as_one(train: Train, tmp_path: Pat
     assert sorted(events) == [1, 2, 3, 4]
 
 
-def test_a_signal_ends_the_training_after_the_step_and_saves_it(
-    train: Train, whole: Callable[[str], Any], tmp_path: Path
-) -> None:
-    def report(progress: Progress) -> None:
-        if (progress.epoch, progress.step) == (2, 2):
-            os.kill(os.getpid(), signal.SIGTERM)
+def test_a_signal_ends_the_caching_of_a_view_too(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stem(self: AdaptedEncoder, pixels: torch.Tensor) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return (torch.zeros(len(pixels), *self.stem_shape),) * 2
 
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 12"):
-        train(tmp_path, report)
-    assert signal.getsignal(signal.SIGTERM) == handler
-    assert torch.equal(train(tmp_path), whole("supervised"))
+    monkeypatch.setattr(AdaptedEncoder, "stem", stem)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 0 of 12"):
+        train(config=CONFIGS["cached"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_to_all_processes_of_the_group_leaves_those_that_decode(
+def test_a_signal_ends_the_training_after_the_step_that_it_saves_and_leaves_processes_that_decode(
     clip: LoadedModel, train: Train, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C in a terminal, torchrun and batch systems signal the group; the step needs its pictures all the same."""
     write_folder(tmp_path / "in", 20)
     source = file_sources(*read_data(tmp_path / "in"), clip.geometry, clip.geometry, 0, 0, workers=2).train
-    signalled = []
+    signalled, handler = [], signal.getsignal(number)
 
-    def report(progress: Progress) -> None:
+    def report(progress: StepReport) -> None:
         if (progress.epoch, progress.step) == (1, 2):
             children = multiprocessing.active_children()
             signalled.extend(children)
             for child in children:
-                assert child.pid is not None
                 os.kill(child.pid, number)
-            for child in children:
                 child.join(0.5)
             assert all(child.is_alive() for child in children)
             os.kill(os.getpid(), number)
@@ -134,6 +130,7 @@ def test_a_signal_to_all_processes_of_the_group_leaves_those_that_decode(
     with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 10"):
         train(tmp_path / "out", report, TrainConfig(batch=4), source=source)
     assert len(signalled) == 2 and checkpoints_in(tmp_path / "out") == ["step-000000003"]
+    assert signal.getsignal(number) == handler
 
 
 def scaled() -> Any:
@@ -156,21 +153,13 @@ def test_the_gradient_scaler_resumes_too(train: Train, tmp_path: Path) -> None:
     assert resuming.strategy.precision.state_dict() == expected != scaled().strategy.precision.state_dict()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "no manifest", "empty manifest"])
+@pytest.mark.parametrize("file", ["state.safetensors", "manifest.json"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
-    train: Train, whole: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+    train: Train, whole: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str
 ) -> None:
     with pytest.raises(Stopped):
         train(tmp_path, stop_at(3, 1))
-    newest = tmp_path / "checkpoints" / "step-000000008"
-    if damage == "flipped":
-        content = bytearray((newest / "state.safetensors").read_bytes())
-        content[-50] ^= 1
-        (newest / "state.safetensors").write_bytes(content)
-    elif damage == "no manifest":
-        (newest / "manifest.json").unlink()
-    else:
-        (newest / "manifest.json").write_text("")
+    (tmp_path / "checkpoints" / "step-000000008" / file).write_bytes(b"damaged")
     (tmp_path / "checkpoints" / "damaged-step-000000008").mkdir()  # of an earlier damage
     epochs: list[int] = []
     assert torch.equal(train(tmp_path, lambda progress: epochs.append(progress.epoch)), whole("supervised"))

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from iosr_fast.backbones.adapter import init_adapter
+from iosr_fast.backbones.adapter import adapted_pass, init_adapter
+from iosr_fast.backbones.demo.pictures import held_out
 from iosr_fast.backbones.load import LoadedModel
-from iosr_fast.images.geometry import Geometry
-from iosr_fast.training import held_out as held_out_module
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import augment_batch, draw_augmentation
-from iosr_fast.training.batches import split_steps
+from iosr_fast.training.batches import Batches, split_steps
 from iosr_fast.training.config import TrainConfig
-from iosr_fast.training.pictures import SubsetPictures, TensorPictures, demo_sources
+from iosr_fast.training.overlap import overlap_area, pair_cosines
+from iosr_fast.training.pictures import TensorPictures
 from iosr_fast.training.train import train_adapter
 from tests.training.small import fresh, logged, weights
-
-
-def validation_pictures(count: int) -> SubsetPictures:
-    held_out = demo_sources(Geometry(64), Geometry(64)).held_out
-    assert held_out is not None
-    return SubsetPictures(held_out, torch.arange(count))
 
 
 @pytest.mark.slow
@@ -42,6 +40,39 @@ def test_training_learns(clip: LoadedModel, pictures: TensorPictures, cached_vie
 
 
 @pytest.mark.slow
+def test_cached_views_give_what_computing_them_each_time_gives(
+    clip: LoadedModel, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(epochs=5, batch=10, augment=True, cached_views=2)
+    computed: list[int] = []
+    stem, prepare = AdaptedEncoder.stem, Batches.prepare
+
+    def counted(self: AdaptedEncoder, pixels: torch.Tensor) -> Any:
+        computed.append(len(pixels))
+        return stem(self, pixels)
+
+    def forgetful(self: Batches, epoch: int) -> Iterator[None]:
+        self.cached.clear()
+        return prepare(self, epoch)
+
+    monkeypatch.setattr(AdaptedEncoder, "stem", counted)
+    cached = weights(train_adapter(clip, fresh(clip, 3), pictures, config))
+    assert sum(computed) == 2 * 30
+    monkeypatch.setattr(Batches, "prepare", forgetful)
+    assert torch.equal(weights(train_adapter(clip, fresh(clip, 3), pictures, config)), cached)
+    assert sum(computed) == (2 + 5) * 30
+
+
+@pytest.mark.parametrize("wrong", [1e5, float("nan")])
+def test_numbers_beyond_float16_are_not_cached(
+    clip: LoadedModel, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    monkeypatch.setattr(AdaptedEncoder, "stem", lambda self, pixels: (torch.full((len(pixels), 65, 8), wrong),) * 2)
+    with pytest.raises(ValueError, match=r"finite in float16, got up to (100000|nan); train without cached views"):
+        train_adapter(clip, fresh(clip), pictures, TrainConfig(cached_views=1))
+
+
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_gradient(clip: LoadedModel, pictures: TensorPictures) -> None:
     config = TrainConfig(epochs=2, batch=12)  # the last step has 6
     results = [
@@ -54,73 +85,40 @@ def test_accumulation_does_not_change_the_gradient(clip: LoadedModel, pictures: 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 23])
 def test_each_picture_is_in_one_process_at_one_step(world: int, count: int) -> None:
-    config = TrainConfig(batch=8, accumulate=2)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
-    ranks = [split_steps(order, config, world, rank) for rank in range(world)]
-    taken = torch.cat([part.rows for parts in ranks for part in parts if part.weight])
-    assert sorted(taken.tolist()) == list(range(count))
-    steps = -(-count // 8)
-    for parts in ranks:
-        assert sum(part.last for part in parts) == steps and parts[-1].last
-        assert all(1 <= len(part.rows) <= 8 // (2 * world) for part in parts)
-    for step in range(steps):
-        sizes = []
-        for parts in ranks:
-            ends = [i for i, part in enumerate(parts) if part.last]
-            mine = parts[(ends[step - 1] + 1 if step else 0) : ends[step] + 1]
-            sizes.append(sum(len(part.rows) * part.weight for part in mine))
-        assert sum(sizes) == ranks[0][ends[step]].step_pictures == len(order[8 * step : 8 * step + 8])
-
-
-def test_a_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 processes can take in 3 equal parts each, got 8; choose a multiple of 6"):
-        split_steps(torch.arange(8), TrainConfig(batch=8, accumulate=3), 2, 0)
+    steps = torch.randperm(count, generator=torch.Generator().manual_seed(count)).split(8)
+    taken: list[list[int]] = [[] for _ in steps]
+    for rank in range(world):
+        step = 0
+        for part in split_steps(torch.cat(steps), TrainConfig(batch=8, accumulate=2), world, rank):
+            assert 1 <= len(part.rows) <= 8 // (2 * world) and part.step_pictures == len(steps[step])
+            taken[step] += part.rows.tolist() if part.weight else []
+            step += part.last
+        assert step == len(steps)
+    assert [sorted(rows) for rows in taken] == [sorted(rows.tolist()) for rows in steps]
 
 
 @pytest.mark.slow
-def test_held_out_pictures_are_measured_each_epoch(clip: LoadedModel, pictures: TensorPictures, tmp_path: Path) -> None:
-    reports = []
-    held_out = validation_pictures(60)
-    for cached_views in (0, 1):
-        train_adapter(
-            clip,
-            fresh(clip),
-            pictures,
-            TrainConfig(epochs=2, batch=10, cached_views=cached_views),
-            tmp_path / str(cached_views),
-            held_out=held_out,
-            report_epoch=lambda *measured: reports.append(measured),
-        )
-    assert [epoch for epoch, _, _ in reports] == [1, 2, 1, 2]
-    for _, plain, adapted in reports:
-        assert plain.pictures == adapted.pictures == 60 and plain.classes >= 15
-        assert 0.1 < adapted.overlap_area < 0.9
-    assert reports[0][1] == reports[1][1], "the plain embeddings do not change"
-    assert reports[0][2] != reports[0][1]
-    assert reports[0][1] == reports[2][1]
-    rows = logged(tmp_path / "0")
-    assert [bool(row["adapted_auroc"]) for row in rows] == [False, False, True] * 2, "at the ends of epochs"
-    assert float(rows[2]["plain_auroc"]) == pytest.approx(reports[0][1].auroc)
-
-
-@pytest.mark.slow
-def test_only_what_is_measured_is_encoded_with_the_encoders_own_pixels(
-    clip: LoadedModel, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
+def test_overlap_is_measured_each_epoch_with_the_encoders_own_pixels(
+    clip: LoadedModel, pictures: TensorPictures, tmp_path: Path
 ) -> None:
-    held_out = validation_pictures(120)
-    monkeypatch.setattr(held_out_module, "MOST_PICTURES", 60)
-    rows = torch.from_numpy(held_out_module.chosen_rows(held_out.labels.numpy()))
-    assert 30 <= len(rows) <= 60
-    pixels = torch.cat(list(held_out.iterate(rows, 60)))
+    test, _ = held_out()
+    images, labels = torch.from_numpy(test.images[:120]).permute(0, 3, 1, 2), torch.from_numpy(test.concepts[:120])
+    source = TensorPictures(images, labels, test.names)
+    config = TrainConfig(epochs=2, batch=10, normalise=False)
+    reports: list[tuple[int, float, float]] = []
+    more: dict[str, Any] = {"held_out": source, "report_epoch": lambda *measured: reports.append(measured)}
+    trained = train_adapter(clip, fresh(clip, scale=1.0), pictures, config, tmp_path, **more)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
+    pixels, visual = (images / 255 - mean) / std, clip.model.visual
     with torch.no_grad():
-        whole = clip.model.encode_image((pixels.float() / 255 - mean) / std).numpy()
-    expected = held_out_module.overlap(whole, held_out.labels[rows].numpy())
-    measured: list[held_out_module.Overlap] = []
-    more = {"held_out": held_out, "report_epoch": lambda epoch, plain, adapted: measured.append(plain)}
-    train_adapter(clip, fresh(clip), pictures, TrainConfig(batch=30, normalise=False), **more)
-    assert measured[0].pictures == len(rows)
-    assert measured[0].auroc == pytest.approx(expected.auroc, abs=1e-4)
+        units = [F.normalize(rows).numpy() for rows in (visual(pixels), adapted_pass(visual, trained, pixels))]
+    plain, adapted = (overlap_area(*pair_cosines(rows, labels.numpy())) for rows in units)
+    assert [epoch for epoch, _, _ in reports] == [1, 2] and reports[0][1] == reports[1][1]
+    assert reports[1][1:] == pytest.approx((plain, adapted), abs=2e-3), "a cosine may lie on a bin's border"
+    assert abs(plain - adapted) > 0.005 and reports[0][2] != reports[1][2]
+    rows = logged(tmp_path)
+    assert [bool(row["adapted_overlap_area"]) for row in rows] == [False, False, True] * 2, "at the ends of epochs"
+    assert float(rows[2]["plain_overlap_area"]) == pytest.approx(reports[0][1])
 
 
 def test_impossible_training_is_refused_before_it_starts(
@@ -135,8 +133,8 @@ def test_impossible_training_is_refused_before_it_starts(
     with pytest.raises(ValueError, match="3 equal parts each, got 128; choose a multiple of 3"):
         train_adapter(clip, fresh(clip), pictures, TrainConfig(accumulate=3), tmp_path / "uneven")
     assert not (tmp_path / "uneven").exists()
-    with pytest.raises(ValueError, match="cache fewer views"):
-        train_adapter(clip, fresh(clip), pictures, TrainConfig(cached_views=10_000_000))
+    with pytest.raises(ValueError, match=r"15,360\.000 GB, got a machine with .* GB; cache fewer views"):
+        train_adapter(clip, fresh(clip), pictures, TrainConfig(cached_views=10**9))
 
 
 def test_augmentation_stays_in_range_and_does_not_depend_on_the_batch() -> None:
